@@ -1,0 +1,1 @@
+"""The lab: a real Xen host inside QEMU, built from Debian packages."""

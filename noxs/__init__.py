@@ -1,0 +1,1 @@
+"""The device page, the store and the bus: what replaces XenStore."""

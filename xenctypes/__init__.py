@@ -1,0 +1,1 @@
+"""The ground floor: ctypes bindings to Xen's user-space libraries, and nothing else."""

@@ -1,0 +1,1 @@
+"""The device daemon: udev event in, netlink out."""
