@@ -89,9 +89,41 @@ class UsageError(ChaosError):
 
 
 class ConfigError(ChaosError):
-    """A domain configuration is wrong."""
+    """A domain configuration is wrong.
+
+    ``cause`` is the message without its place.  ``filename``, ``line`` and ``column`` (both from 1,
+    0 when unknown) say where; ``source`` is the part of that line worth showing, fit for a
+    terminal, and ``caret`` the position in it, from 0.  ``key`` is the setting at fault, or "".
+    """
 
     exit_code = 2
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        hint: str = "",
+        key: str = "",
+        filename: str = "",
+        line: int = 0,
+        column: int = 0,
+        source: str = "",
+        caret: int = 0,
+    ) -> None:
+        self.cause = cause
+        self.key = key
+        self.filename = filename
+        self.line = line
+        self.column = column
+        self.source = source
+        self.caret = caret
+        place = [part for part in (filename, str(line or ""), str(column or "")) if part]
+        super().__init__(": ".join([":".join(place), cause] if place else [cause]), hint=hint)
+
+    @property
+    def excerpt(self) -> str:
+        """The source line with a caret on the next one, or "" when the place is unknown."""
+        return f"{self.source}\n{' ' * self.caret}^" if self.line else ""
 
 
 class ImageError(ChaosError):
