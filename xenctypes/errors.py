@@ -16,6 +16,7 @@
     +-- StateError              names and files of the toolstack: taken, unknown, locked
     +-- StepError               a step of a create or destroy failed; its cause is chained
     +-- BusError                the store protocol or its server
+    +-- PageError               the device page: what does not fit, or an ABI we do not speak
     +-- DeviceError             a vif or vbd could not be set up
 
 Every message is one line that names the cause; ``hint`` names the way out.
@@ -117,8 +118,8 @@ class ConfigError(ChaosError):
         self.column = column
         self.source = source
         self.caret = caret
-        place = [part for part in (filename, str(line or ""), str(column or "")) if part]
-        super().__init__(": ".join([":".join(place), cause] if place else [cause]), hint=hint)
+        place = f"{filename}:{line}:{column}" if line else filename
+        super().__init__(f"{place}: {cause}" if place else cause, hint=hint)
 
     @property
     def excerpt(self) -> str:
@@ -144,6 +145,10 @@ class StepError(ChaosError):
 
 class BusError(ChaosError):
     """The store: its protocol, its server or the way to it."""
+
+
+class PageError(ChaosError):
+    """The device page: a value that does not fit, a malformed page, a foreign ABI."""
 
 
 class DeviceError(ChaosError):
