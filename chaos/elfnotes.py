@@ -384,7 +384,11 @@ def _pv_refusal(elf: _Elf, found: _Notes, start: int, end: int) -> str:
     pae = found.text("PAE_MODE")
     if elf.machine == EM_386 and not (pae.startswith("yes") or "bimodal" in pae):
         return "a 32-bit kernel without PAE"  # no Xen since 4.0 runs one
-    # elf_xen_addr_calc_check
+    return _pv_addresses(elf, found, start, end)
+
+
+def _pv_addresses(elf: _Elf, found: _Notes, start: int, end: int) -> str:
+    """The addresses of a PV kernel, or what is wrong with them (elf_xen_addr_calc_check)."""
     base = found.number("VIRT_BASE", UNSET)
     offset = found.number("PADDR_OFFSET", UNSET)
     if base == UNSET:

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,15 +40,15 @@ def note(owner: bytes, kind: int, desc: bytes, *, nul: bytes = b"\0") -> bytes:
 
 
 def elf(
-    notes=PV_NOTES,
+    notes: Sequence[bytes | tuple[bytes, int, bytes]] = PV_NOTES,
     *,
-    bits=64,
-    machine=62,
-    where="segment",
-    body=b"\x90" * 64,
-    load=(0x1000, None),
-    sections=(),
-    flags=5,
+    bits: int = 64,
+    machine: int = 62,
+    where: str = "segment",
+    body: bytes = b"\x90" * 64,
+    load: tuple[int, int | None] = (0x1000, None),
+    sections: Sequence[tuple[int, int, bytes]] = (),
+    flags: int = 5,
 ) -> bytes:
     """A small ELF file: one loadable segment, its notes in a segment or in a section."""
     blob = b"".join(note(*n) if isinstance(n, tuple) else n for n in notes)
@@ -97,7 +98,13 @@ def elf(
     return head + phdrs + blob + body + extra + names + shdrs
 
 
-def bzimage(kernel: bytes, pack=None, *, version=0x20F, magic=b"HdrS", claimed=None) -> bytes:
+def bzimage(
+    kernel: bytes,
+    pack: Callable[[bytes], bytes] | None = None,
+    *,
+    version: int = 0x20F,
+    claimed: int | None = None,
+) -> bytes:
     payload = kernel
     if pack is not None:
         payload = pack(kernel)
@@ -106,7 +113,7 @@ def bzimage(kernel: bytes, pack=None, *, version=0x20F, magic=b"HdrS", claimed=N
     head = bytearray(1024)
     head[0:2] = b"MZ"
     head[0x1F1] = 1
-    head[0x202:0x206] = magic
+    head[0x202:0x206] = b"HdrS"
     struct.pack_into("<H", head, 0x206, version)
     struct.pack_into("<II", head, 0x248, 16, len(payload))
     return bytes(head) + b"\0" * 16 + payload
@@ -137,10 +144,14 @@ def sparse(path: str | Path, size: int) -> None:
     os.truncate(path, size)
 
 
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 # Opening
 
 
-def test_open_reads_the_file_that_was_inspected(tmp_path):
+def test_open_reads_the_file_that_was_inspected(tmp_path: Path) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(elf())
     with image.open_image(str(path)) as opened:
@@ -156,7 +167,7 @@ def test_open_reads_the_file_that_was_inspected(tmp_path):
         os.fstat(fd)
 
 
-def test_changed_notices_a_rewrite_in_place(tmp_path):
+def test_changed_notices_a_rewrite_in_place(tmp_path: Path) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(elf())
     with image.open_image(str(path)) as opened:
@@ -172,26 +183,26 @@ def test_changed_notices_a_rewrite_in_place(tmp_path):
         (os.mkdir, "is a directory, not a file"),
         (lambda p: Path(p).touch(), "is empty"),
         (lambda p: sparse(p, image.KERNEL_MAX + 1), "more than"),
-        (lambda p: os.symlink("/dev/zero", p), "is a character device, not a file"),
-        (lambda p: os.symlink("nowhere", p), "No such file"),
-        (lambda p: os.symlink(p, p), "Too many levels"),
+        (lambda p: Path(p).symlink_to("/dev/zero"), "is a character device, not a file"),
+        (lambda p: Path(p).symlink_to("nowhere"), "No such file"),
+        (lambda p: Path(p).symlink_to(p), "Too many levels"),
     ],
 )
-def test_open_refuses(tmp_path, make, why):
+def test_open_refuses(tmp_path: Path, make: Callable[[str], object], why: str) -> None:
     path = str(tmp_path / "kernel")
     make(path)
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with pytest.raises(ImageError, match=why):
         image.open_image(path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
-def test_open_refuses_a_nul_in_the_path():
+def test_open_refuses_a_nul_in_the_path() -> None:
     with pytest.raises(ImageError, match="null byte"):
         image.open_ramdisk("a\0b")
 
 
-def test_ramdisk_has_its_own_limit(tmp_path):
+def test_ramdisk_has_its_own_limit(tmp_path: Path) -> None:
     path = tmp_path / "initrd"
     sparse(path, image.RAMDISK_MAX)
     image.open_ramdisk(str(path)).close()
@@ -200,7 +211,7 @@ def test_ramdisk_has_its_own_limit(tmp_path):
         image.open_ramdisk(str(path))
 
 
-def test_adopt_wants_a_readable_descriptor(tmp_path):
+def test_adopt_wants_a_readable_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(elf())
     for flags in (os.O_WRONLY, os.O_PATH):
@@ -212,7 +223,7 @@ def test_adopt_wants_a_readable_descriptor(tmp_path):
     image.adopt_image(os.open(path, os.O_RDONLY), str(path)).close()
 
 
-def test_a_file_that_shrinks_is_an_error(tmp_path):
+def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(elf(body=b"\x90" * 200000))
     with image.open_image(str(path)) as opened:
@@ -224,7 +235,7 @@ def test_a_file_that_shrinks_is_an_error(tmp_path):
 # ELF
 
 
-def test_pv_and_pvh():
+def test_pv_and_pvh() -> None:
     info = look(elf())
     assert (info.format, info.types, info.bits, info.entry) == ("elf", {"pv"}, 64, 0x1000)
     assert info.notes is not None
@@ -238,12 +249,12 @@ def test_pv_and_pvh():
     assert (only.types, only.bits, only.entry) == ({"pvh"}, 32, 0x1000)
 
 
-def test_type_check_names_the_way_out():
+def test_type_check_names_the_way_out() -> None:
     pvh = look(elf(PVH_NOTES))
-    with pytest.raises(ImageError, match='PVH-only.*type = "pvh"'):
+    with pytest.raises(ImageError, match=r'PVH-only.*type = "pvh"'):
         image.check_type(pvh, "pv")
     image.check_type(pvh, "pvh")
-    with pytest.raises(ImageError, match='PV-only.*type = "pv"'):
+    with pytest.raises(ImageError, match=r'PV-only.*type = "pv"'):
         image.check_type(look(elf()), "pvh", path="other")
     old = look(elf((*PV_NOTES, (b"Xen", 9, b"yes\0")), bits=32, machine=3))
     assert old.types == {"pv"}
@@ -251,11 +262,11 @@ def test_type_check_names_the_way_out():
         image.check_type(old, "pv")
 
 
-def test_notes_in_a_section():
+def test_notes_in_a_section() -> None:
     assert look(elf((*PV_NOTES, NOXS), where="section")).noxs_abi == (1, 0)
 
 
-def test_legacy_guest_section():
+def test_legacy_guest_section() -> None:
     text = b"GUEST_OS=netbsd,XEN_VER=xen-3.0,LOADER=generic,VIRT_BASE=0x0,VIRT_ENTRY=010000\0"
     info = look(elf((), sections=((7, 1, text),)))
     assert info.types == {"pv"}
@@ -264,7 +275,7 @@ def test_legacy_guest_section():
     assert info.notes["LOADER"] == "generic"
 
 
-def test_noxs_note():
+def test_noxs_note() -> None:
     assert look(elf((*PV_NOTES, NOXS))).noxs_abi == (1, 0)
     newer = look(elf((*PV_NOTES, (b"noxs", 1, struct.pack("<I", (ABI_MAJOR + 1) << 16 | 7)))))
     with pytest.raises(ImageError, match=rf"asks for noxs ABI {ABI_MAJOR + 1}\.7"):
@@ -286,11 +297,11 @@ def test_noxs_note():
         note(*NOXS) + note(b"noxs", 1, b"\0\0\2\0"),
     ],
 )
-def test_malformed_noxs_note(bad):
+def test_malformed_noxs_note(bad: bytes | tuple[bytes, int, bytes]) -> None:
     assert "noxs note" in refusal(elf((*PV_NOTES, bad)))
 
 
-def without(*kinds):
+def without(*kinds: int) -> tuple[tuple[bytes, int, bytes], ...]:
     return tuple(n for n in PV_NOTES if n[1] not in kinds)
 
 
@@ -329,16 +340,16 @@ def without(*kinds):
         (b"\x1f\x8b", "too short"),
     ],
 )
-def test_refusals(data, why):
+def test_refusals(data: bytes, why: str) -> None:
     assert why in refusal(data)
 
 
-def test_messages_carry_no_control_bytes():
+def test_messages_carry_no_control_bytes() -> None:
     notes = (*without(8), (b"Xen", 8, b"\x1b[2Jevil\n\0"))
     assert "\x1b" not in refusal(elf(notes))
 
 
-def test_overlapping_segments_until_libelf_stops_copying():
+def test_overlapping_segments_until_libelf_stops_copying() -> None:
     data = bytearray(elf(where="section", body=b"\x90" * 4096))
     struct.pack_into("<HH", data, 54, 0, 2)  # e_phentsize, e_phnum: the same segment twice
     assert look(bytes(data)).types == {"pv"}
@@ -349,7 +360,7 @@ def test_overlapping_segments_until_libelf_stops_copying():
 # Compressed
 
 
-def test_gzip_is_unpacked_as_far_as_needed():
+def test_gzip_is_unpacked_as_far_as_needed() -> None:
     data = elf(body=b"\x90" * 64 + os.urandom(3 << 20))
     packed = gzip.compress(data, 1)
     info = look(packed)
@@ -360,7 +371,7 @@ def test_gzip_is_unpacked_as_far_as_needed():
 
 
 @pytest.mark.parametrize("kind", PACKERS)
-def test_bzimage(kind):
+def test_bzimage(kind: str) -> None:
     kernel = elf((*PV_NOTES, *PVH_NOTES, NOXS))
     data = bzimage(kernel, PACKERS[kind])
     info = look(data)
@@ -370,7 +381,7 @@ def test_bzimage(kind):
     assert look(gzip.compress(data)).payload == kind
 
 
-def test_bzimage_header_alone(tmp_path):
+def test_bzimage_header_alone(tmp_path: Path) -> None:
     path = tmp_path / "vmlinuz"
     path.write_bytes(bzimage(elf(), lzma.compress))
     with image.open_image(str(path)) as opened:
@@ -380,7 +391,7 @@ def test_bzimage_header_alone(tmp_path):
 
 
 @pytest.mark.parametrize("magic", [b"\x28\xb5\x2f\xfd", b"\x89LZO\0", b"\x02\x21\x4c\x18"])
-def test_bzimage_left_to_libxenguest(magic):
+def test_bzimage_left_to_libxenguest(magic: bytes) -> None:
     info = look(bzimage(b"k" * 1000, lambda data: magic + data))
     assert info.notes is None
     assert info.noxs_abi is None
@@ -403,18 +414,18 @@ def test_bzimage_left_to_libxenguest(magic):
         (bzimage(b"q" * 1000, lambda d: b"\x28\xb5\x2f\xfd", claimed=1 << 31), "too short"),
     ],
 )
-def test_bzimage_refusals(data, why):
+def test_bzimage_refusals(data: bytes, why: str) -> None:
     assert why in refusal(data)
 
 
-def test_multiboot_table():
+def test_multiboot_table() -> None:
     table = struct.pack("<3I", 0x336EC578, 0x18000, -(0x336EC578 + 0x18000) % (1 << 32))
     table += struct.pack("<5I", 0x100010, 0x100000, 0x101000, 0x102000, 0x100030)
     info = look(b"\0" * 16 + table + b"\x90" * 4096)
     assert (info.format, info.types, info.entry) == ("multiboot", {"pv"}, 0x100030)
 
 
-def test_a_bomb_stops_early():
+def test_a_bomb_stops_early() -> None:
     bomb = gzip.compress(b"\0" * (64 << 20), 9) * 1
     start = time.monotonic()
     assert "zeros" in refusal(bomb)
@@ -474,19 +485,19 @@ def mutate(seed: bytes, mutations: list[tuple[int, int, int]], cut: int | None) 
 
 @settings(max_examples=500, deadline=2000)
 @given(HOSTILE)
-def test_nothing_but_a_verdict(case):
+def test_nothing_but_a_verdict(case: tuple[bytes, list[tuple[int, int, int]], int | None]) -> None:
     verdict(mutate(*case))
 
 
 @settings(max_examples=200, deadline=1000)
 @given(st.binary(max_size=3000))
-def test_noise(data):
+def test_noise(data: bytes) -> None:
     verdict(data)
     verdict(b"\x7fELF\2\1\1" + data)
     verdict(b"\x1f\x8b" + data)
 
 
-def test_absurd_counts_take_little_time():
+def test_absurd_counts_take_little_time() -> None:
     data = bytearray(elf() + b"\0" * (4 << 20))
     struct.pack_into("<H", data, 56, 0xFFFF)  # e_phnum
     struct.pack_into("<H", data, 54, 0)  # e_phentsize: one header, 65535 times
@@ -560,8 +571,8 @@ class Oracle:
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory):
-    if not os.path.exists("/usr/lib/x86_64-linux-gnu/libxenguest.so.4.17"):
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
+    if not Path("/usr/lib/x86_64-linux-gnu/libxenguest.so.4.17").exists():
         pytest.skip("libxenguest 4.17 is not installed")
     made = Oracle(tmp_path_factory.mktemp("oracle") / "image")
     yield made
@@ -589,7 +600,7 @@ def compare(data: bytes, theirs: set[str]) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(SEEDS)))
-def test_libxenguest_agrees_on_the_seeds(oracle, number):
+def test_libxenguest_agrees_on_the_seeds(oracle: Oracle, number: int) -> None:
     theirs = oracle.types(SEEDS[number])
     assert theirs or SEEDS[number][1040:].startswith(b"BZh")  # Debian builds without bzip2
     compare(SEEDS[number], theirs)
@@ -599,7 +610,9 @@ def test_libxenguest_agrees_on_the_seeds(oracle, number):
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(HOSTILE)
-def test_libxenguest_agrees(oracle, case):
+def test_libxenguest_agrees(
+    oracle: Oracle, case: tuple[bytes, list[tuple[int, int, int]], int | None]
+) -> None:
     data = mutate(*case)
     if data:
         compare(data, oracle.types(data))
