@@ -1,0 +1,355 @@
+"""libxenguest: building a domain from an image (xenguest.h, xc_dom_*).
+
+A PV build goes through these steps in this order::
+
+    boot_xen_init, kernel_file or kernel_mem, [ramdisk_file], parse_image,
+    rambase_init, mem_init, boot_mem_init, build_image, boot_image, gnttab_init
+
+The image is somebody else's, and the library reads it with pointers: build in
+a process that may crash.
+"""
+
+from __future__ import annotations
+
+import os
+from ctypes import (
+    c_char,
+    c_char_p,
+    c_int,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+    cast,
+    set_errno,
+    string_at,
+)
+
+from xenctypes.errors import CallFailed
+from xenctypes.handle import EINVAL, Handle
+from xenctypes.loader import load
+from xenctypes.public import INVALID_MFN
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from xenctypes.ctrl import Xenctrl
+    from xenctypes.releases import Release
+
+EFAULT, ECANCELED = 14, 125
+
+# struct xc_dom_image, as far as we touch it: field, offset, type. The same in
+# every release known; 4.22 appends "memflags". XEN_CAPS is an array in it.
+DOM_IMAGE_SIZE = 1952
+DOM_IMAGE: dict[str, tuple[int, Any]] = {
+    "cmdline": (176, c_void_p),
+    "guest_type": (208, c_void_p),
+    "start_info_pfn": (376, c_uint64),
+    "console_pfn": (384, c_uint64),
+    "xenstore_pfn": (392, c_uint64),
+    "shared_info_pfn": (400, c_uint64),
+    "pfn_alloc_end": (416, c_uint64),
+    "virt_alloc_end": (424, c_uint64),
+    "pv_p2m": (480, c_void_p),
+    "p2m_size": (488, c_uint64),
+    "rambase_pfn": (496, c_uint64),
+    "total_pages": (504, c_uint64),
+    "flags": (560, c_uint64),
+    "console_evtchn": (568, c_uint32),
+    "xenstore_evtchn": (572, c_uint32),
+    "console_domid": (576, c_uint32),
+    "xenstore_domid": (580, c_uint32),
+    "shared_info_mfn": (584, c_uint64),
+    "guest_domid": (600, c_uint32),
+    "claim_enabled": (604, c_int),
+    "xen_version": (608, c_int),
+    "xen_caps": (612, c_char * 1024),
+    "container_type": (1712, c_int),
+    "target_pages": (1720, c_uint64),
+    "mmio_start": (1728, c_uint64),
+    "mmio_size": (1736, c_uint64),
+    "lowmem_end": (1744, c_uint64),
+    "max_vcpus": (1944, c_uint32),
+}
+DOM_IMAGE_MEMFLAGS = (1948, c_uint32)  # since 4.22
+
+
+def dom_image(release: Release) -> dict[str, tuple[int, Any]]:
+    """The fields of struct xc_dom_image of a release: {name: (offset, type)}."""
+    return {**DOM_IMAGE, "memflags": DOM_IMAGE_MEMFLAGS} if release.dom_memflags else DOM_IMAGE
+
+
+class _Field:
+    """A number in struct xc_dom_image."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._offset, self._type = DOM_IMAGE[name]
+
+    def __get__(self, builder: DomBuilder, kind: type | None = None) -> int:
+        address = builder.field_address(self._name, self._offset)
+        return int(self._type.from_address(address).value or 0)
+
+    def __set__(self, builder: DomBuilder, value: int) -> None:
+        address = builder.field_address(self._name, self._offset)
+        self._type.from_address(address).value = value
+
+
+class DomBuilder(Handle):
+    """One build of one domain (struct xc_dom_image).
+
+    A step that fails raises CallFailed with what the library said, and ends
+    the build: each later step raises ECANCELED, because the library would
+    follow pointers that the failed step left wild. With ``Xenctrl(dummy=True)``
+    the steps that need no domain run on any machine.
+    """
+
+    flags = _Field("flags")
+    console_evtchn = _Field("console_evtchn")
+    xenstore_evtchn = _Field("xenstore_evtchn")
+    console_domid = _Field("console_domid")
+    xenstore_domid = _Field("xenstore_domid")
+    claim_enabled = _Field("claim_enabled")
+    container_type = _Field("container_type")
+    target_pages = _Field("target_pages")
+    mmio_start = _Field("mmio_start")
+    mmio_size = _Field("mmio_size")
+    lowmem_end = _Field("lowmem_end")
+    max_vcpus = _Field("max_vcpus")
+    # Results
+    start_info_pfn = _Field("start_info_pfn")
+    console_pfn = _Field("console_pfn")
+    xenstore_pfn = _Field("xenstore_pfn")
+    shared_info_pfn = _Field("shared_info_pfn")
+    shared_info_mfn = _Field("shared_info_mfn")
+    pfn_alloc_end = _Field("pfn_alloc_end")
+    virt_alloc_end = _Field("virt_alloc_end")
+    total_pages = _Field("total_pages")
+    p2m_size = _Field("p2m_size")
+    rambase_pfn = _Field("rambase_pfn")
+    guest_domid = _Field("guest_domid")
+    xen_version = _Field("xen_version")
+
+    def __init__(
+        self, xenctrl: Xenctrl, cmdline: bytes | None = None, features: bytes | None = None
+    ) -> None:
+        self._lib = load("xenguest", xenctrl.release)
+        self._xenctrl = xenctrl
+        self._failed = ""
+        self._parsed = False
+        self._blobs: list[bytes] = []  # the library keeps pointers to them
+        super().__init__(
+            lambda _: self._lib.xc_dom_allocate(xenctrl.raw, cmdline, features),
+            self._lib.xc_dom_release,
+            owner=xenctrl,
+            log=xenctrl.log,
+        )
+
+    def release(self) -> None:
+        """xc_dom_release: free it all; the domain itself stays. The same as ``close()``."""
+        self.close()
+
+    def field_address(self, name: str, offset: int) -> int:
+        """Where a field of struct xc_dom_image lies in this process."""
+        address = self.raw.value
+        assert address is not None, name
+        return address + offset
+
+    def _step(self, name: str, *arguments: Any) -> None:
+        if self._failed:
+            raise CallFailed(name, ECANCELED, f"this build ended when {self._failed} failed")
+        self._check_open(name)
+        # Some failures set no errno and some log nothing: keep old ones out.
+        self.log.clear()
+        set_errno(0)
+        try:
+            getattr(self._lib, name)(self._raw, *arguments)
+        except BaseException:
+            self._failed = name
+            raise
+
+    # Steps, each a C function
+
+    def boot_xen_init(self, domid: int) -> None:
+        """Bind the build to an existing domain, and look at the hypervisor."""
+        self._step("xc_dom_boot_xen_init", self._xenctrl.raw, domid)
+
+    def set_arch_hooks(self) -> None:
+        """Choose the architecture by ``guest_type``, before the kernel is known."""
+        self._step("xc_dom_set_arch_hooks")
+
+    def kernel_max_size(self, size: int) -> None:
+        """The most bytes that the kernel may have, unpacked too. Default 1 GiB."""
+        self._step("xc_dom_kernel_max_size", size)
+
+    def kernel_file(self, path: str | bytes | os.PathLike[str]) -> None:
+        """Take the kernel from a file; it is unpacked if gzipped."""
+        self._step("xc_dom_kernel_file", os.fsencode(path))
+
+    def kernel_mem(self, image: bytes) -> None:
+        """Take the kernel from memory; it is unpacked if gzipped."""
+        self._blobs.append(image)
+        self._step("xc_dom_kernel_mem", image, len(image))
+
+    def ramdisk_max_size(self, size: int) -> None:
+        """The most bytes that a module may have, unpacked too. Default 1 GiB."""
+        self._step("xc_dom_module_max_size", size)
+
+    def module_file(
+        self, path: str | bytes | os.PathLike[str], cmdline: bytes | None = None
+    ) -> None:
+        """Add a module, such as a ramdisk, from a file."""
+        self._step("xc_dom_module_file", os.fsencode(path), cmdline)
+
+    def module_mem(self, module: bytes, cmdline: bytes | None = None) -> None:
+        """Add a module, such as a ramdisk, from memory."""
+        self._blobs.append(module)
+        self._step("xc_dom_module_mem", module, len(module), cmdline)
+
+    def ramdisk_file(self, path: str | bytes | os.PathLike[str]) -> None:
+        """Add the ramdisk: the first module."""
+        self.module_file(path)
+
+    def parse_image(self) -> None:
+        """Find out what the kernel is and where it wants to be."""
+        self._step("xc_dom_parse_image")
+        self._parsed = True
+
+    def rambase_init(self, base: int = 0) -> None:
+        """The physical address at which memory starts: 0 on x86."""
+        self._step("xc_dom_rambase_init", base)
+
+    def mem_init(self, mb: int) -> None:
+        """The memory of the domain, in MiB."""
+        self._step("xc_dom_mem_init", mb)
+
+    def boot_mem_init(self) -> None:
+        """Populate the domain's memory."""
+        self._step("xc_dom_boot_mem_init")
+
+    def build_image(self) -> None:
+        """Lay kernel, modules, page tables, start_info and rings out in its memory."""
+        self._step("xc_dom_build_image")
+
+    def boot_image(self) -> None:
+        """Finish start_info and shared_info, pin page tables, set the first vcpu up."""
+        self._step("xc_dom_boot_image")
+
+    def gnttab_init(self) -> None:
+        """Grant the console and store pages, in the first two grant entries."""
+        self._step("xc_dom_gnttab_init")
+
+    # What the image is, after parse_image
+
+    @property
+    def guest_type(self) -> bytes:
+        """Like b"xen-3.0-x86_64"; b"" before ``parse_image``."""
+        address = self._address("guest_type")
+        return string_at(address) if address else b""
+
+    @guest_type.setter
+    def guest_type(self, kind: bytes) -> None:
+        self._blobs.append(kind)
+        offset, _ = DOM_IMAGE["guest_type"]
+        field = c_void_p.from_address(self.field_address("guest_type", offset))
+        field.value = cast(c_char_p(kind), c_void_p).value
+
+    def virt_base(self) -> int:
+        """The virtual address that the image is linked to."""
+        self._check_parsed("xc_dom_virt_base")
+        return int(self._lib.xc_dom_virt_base(self.raw))
+
+    def virt_entry(self) -> int:
+        """The virtual address of the image's entry point."""
+        self._check_parsed("xc_dom_virt_entry")
+        return int(self._lib.xc_dom_virt_entry(self.raw))
+
+    def guest_os(self) -> bytes:
+        """The name in the image's XEN_ELFNOTE_GUEST_OS."""
+        self._check_parsed("xc_dom_guest_os")
+        return bytes(self._lib.xc_dom_guest_os(self.raw) or b"")
+
+    def feature_get(self, number: int) -> bool:
+        """Whether the image supports a XENFEAT_* (features.h)."""
+        self._check_parsed("xc_dom_feature_get")
+        return bool(self._lib.xc_dom_feature_get(self.raw, number))
+
+    def _check_parsed(self, name: str) -> None:
+        if self._failed or not self._parsed:
+            raise CallFailed(name, EINVAL, "no image was parsed")
+
+    @property
+    def cmdline(self) -> bytes:
+        """The kernel's command line."""
+        address = self._address("cmdline")
+        return string_at(address) if address else b""
+
+    @cmdline.setter
+    def cmdline(self, text: bytes) -> None:
+        self._point("cmdline", text)
+
+    @property
+    def xen_caps(self) -> bytes:
+        """The guest types that the hypervisor runs, separated by spaces."""
+        offset, kind = DOM_IMAGE["xen_caps"]
+        return bytes(kind.from_address(self.field_address("xen_caps", offset)).value)
+
+    @xen_caps.setter
+    def xen_caps(self, caps: bytes) -> None:
+        offset, kind = DOM_IMAGE["xen_caps"]
+        kind.from_address(self.field_address("xen_caps", offset)).value = caps
+
+    @property
+    def memflags(self) -> int:
+        """XENMEMF_* for populating memory. Always 0 before 4.22."""
+        if not self._xenctrl.release.dom_memflags:
+            return 0
+        offset, kind = DOM_IMAGE_MEMFLAGS
+        return int(kind.from_address(self.field_address("memflags", offset)).value)
+
+    # Frames, after boot_mem_init
+
+    def p2m(self, pfn: int) -> int:
+        """The frame behind a pfn of this domain: of a PV domain, its mfn.
+
+        Raises CallFailed (EFAULT) if there is none. xc_dom_p2m in xenguest.h.
+        """
+        if self._failed:
+            raise CallFailed(
+                "xc_dom_p2m", ECANCELED, f"this build ended when {self._failed} failed"
+            )
+        if self._lib.xc_dom_translated(self.raw):
+            return pfn
+        table = self._address("pv_p2m")
+        if not table or not 0 <= pfn < min(self.total_pages, self.p2m_size):
+            raise CallFailed("xc_dom_p2m", EFAULT, f"pfn {pfn:#x}")
+        mfn = c_uint64.from_address(table + 8 * pfn).value
+        if mfn == INVALID_MFN:
+            raise CallFailed("xc_dom_p2m", EFAULT, f"pfn {pfn:#x}")
+        return mfn
+
+    @property
+    def console_mfn(self) -> int:
+        """The frame of the console ring, after ``build_image``."""
+        return self.p2m(self.console_pfn)
+
+    @property
+    def xenstore_mfn(self) -> int:
+        """The frame of the store ring, after ``build_image``."""
+        return self.p2m(self.xenstore_pfn)
+
+    @property
+    def start_info_mfn(self) -> int:
+        """The frame of start_info, after ``build_image``."""
+        return self.p2m(self.start_info_pfn)
+
+    def _point(self, name: str, text: bytes) -> None:
+        """Point a char * field at a string that lives as long as the build."""
+        self._blobs.append(text)
+        offset, _ = DOM_IMAGE[name]
+        field = c_void_p.from_address(self.field_address(name, offset))
+        field.value = cast(c_char_p(text), c_void_p).value
+
+    def _address(self, name: str) -> int | None:
+        offset, _ = DOM_IMAGE[name]
+        return c_void_p.from_address(self.field_address(name, offset)).value
