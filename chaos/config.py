@@ -1,0 +1,320 @@
+"""From an xl.cfg(5) file and the command line to a DomainConfig.
+
+::
+
+    file + overrides --xlcfg.parse--> Document --from_document--> DomainConfig --supported--> create
+
+``load`` reads files, the rest is pure.  Settings mean what they mean to xl (Xen's
+tools/xl/xl_parse.c, parse_config_data); docs/config.md lists them, and where we differ: a value
+of the wrong kind or out of range is an error here, where xl warns and takes the default.
+
+Configurations come from other people: sizes, counts and lengths are bounded, by constants here
+and in the modules that this one is built on.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from chaos import xlcfg
+from chaos.cpuspec import parse_cpus
+from chaos.diskspec import parse_disk
+from chaos.domconfig import (
+    DISKS_MAX,
+    METADATA_MAX,
+    VIFS_MAX,
+    DomainConfig,
+    check_name,
+)
+from chaos.vifspec import parse_vif
+from chaos.xldoc import Atom, Document, Setting, quote
+from chaos.xlkeys import IGNORED, REFUSED
+from xenctypes.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from chaos.cpuspec import CpuSet
+    from chaos.diskspec import DiskConfig
+    from chaos.vifspec import VifConfig
+    from chaos.xldoc import Value
+
+__all__ = ["UNDERSTOOD", "DomainConfig", "check_name", "from_document", "load", "supported"]
+
+_INTEGERS = ("memory", "maxmem", "vcpus", "maxvcpus")
+_ACTIONS = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
+UNDERSTOOD = (
+    *("name", "uuid", "type", "builder", "kernel", "ramdisk", "cmdline", "root", "extra"),
+    *_INTEGERS,
+    *_ACTIONS,
+    *("cpus", "vif", "disk", "noxs_metadata", "noxs_metadata_file"),
+)
+_WARNINGS_MAX = 20  # of unknown and of repeated settings; a hostile file could hold 300,000
+
+# What the tree holds and a create cannot do yet: setting, whether a configuration asks for it, why.
+NOT_YET: tuple[tuple[str, Callable[[DomainConfig], bool], str], ...] = (
+    ("type", lambda config: config.type != "pv", "domains of type pvh are not supported yet"),
+    ("vif", lambda config: bool(config.vifs), "network interfaces are not supported yet"),
+    ("disk", lambda config: bool(config.disks), "disks are not supported yet"),
+    ("noxs_metadata", lambda config: bool(config.metadata), "metadata is not supported yet"),
+)
+
+_HEX = frozenset("0123456789abcdefABCDEF")
+T = TypeVar("T")
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> tuple[DomainConfig, list[str]]:
+    """Read a file and ``key=value`` texts that go before it; also return warnings, one line each.
+
+    Relative paths in it are relative to the working directory, as with xl; the result has
+    absolute ones, and the metadata file's content.  Raise ConfigError.
+    """
+    document = xlcfg.parse(_read(path, xlcfg.MAX_BYTES, "configuration"), path, overrides)
+    config, warnings = from_document(document, directory=os.getcwd())
+    if config.metadata_file:
+        try:
+            metadata = _read(config.metadata_file, METADATA_MAX, "metadata")
+        except ConfigError as error:
+            cause = f"{quote(error.filename)}: {error.cause}"
+            raise config.error(cause, "noxs_metadata_file", hint=error.hint) from error
+        config = replace(config, metadata=metadata)
+    return config, warnings
+
+
+def _read(path: str, limit: int, what: str) -> bytes:
+    """At most ``limit`` bytes of a file; of a pipe as well, which never ends up in memory whole."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        raise ConfigError(f"cannot read the {what}: {reason}", filename=path) from error
+    if len(data) > limit:
+        raise ConfigError(f"the {what} is longer than {limit} bytes", filename=path)
+    return data
+
+
+def supported(config: DomainConfig) -> None:
+    """Raise ConfigError for what the tree can say and a create cannot do yet."""
+    for key, wanted, cause in NOT_YET:
+        if wanted(config):
+            raise config.error(cause, key)
+
+
+def from_document(document: Document, *, directory: str = "") -> tuple[DomainConfig, list[str]]:
+    """Check a document; also return warnings, one line each.
+
+    Relative paths are joined to ``directory``; no file is looked at.  Raise ConfigError.
+    """
+    return _Reader(document, directory).config()
+
+
+class _Reader:
+    """Takes the settings out of one document and names the place of what is wrong with them."""
+
+    def __init__(self, document: Document, directory: str) -> None:
+        self.document = document
+        self.directory = directory
+        self.warnings = list(document.warnings)
+
+    def config(self) -> tuple[DomainConfig, list[str]]:
+        """Everything, in an order that puts the plainest mistakes first."""
+        self.look_over()
+        document = self.document
+        values: dict[str, Any] = {
+            **{key: document.string(key) for key in ("name", *_ACTIONS)},
+            **{key: self.integer(key) for key in _INTEGERS},
+            "uuid": self.uuid(),
+            "type": self.type(),
+            "kernel": self.path("kernel"),
+            "ramdisk": self.path("ramdisk"),
+            "cmdline": self.cmdline(),
+            "vifs": self.vifs(),
+            "disks": self.disks(),
+            **self.metadata(),
+            "places": {
+                name: document.source.place(setting.value.offset)
+                for name, setting in document.last.items()
+                if name in UNDERSTOOD
+            },
+        }
+        for key in ("name", "kernel"):
+            if not values[key]:
+                cause = f"{key} is not set" if values[key] is None else f"{key} is empty"
+                raise self.error(cause, key)
+        given = {key: value for key, value in values.items() if value is not None}
+        try:
+            config = DomainConfig(**given)
+            config = replace(config, affinity=self.affinity(config.maxvcpus))
+        except ConfigError as error:
+            raise (
+                error if error.line else self.error(error.cause, error.key, error.hint)
+            ) from None
+        return config, self.warnings
+
+    def error(self, cause: str, key: str, hint: str = "") -> ConfigError:
+        """An error about a setting; about the file when that is not set."""
+        setting = self.document.get(key)
+        if setting is None:
+            filename = self.document.source.pieces[0][1]
+            return ConfigError(cause, hint=hint, key=key, filename=filename)
+        return self.document.error(cause, setting.value.offset, hint=hint, key=key)
+
+    def warn(self, cause: str, offset: int) -> None:
+        """Keep a line for the user."""
+        self.warnings.append(f"{self.document.source.place(offset)}: {cause}")
+
+    def look_over(self) -> None:
+        """Names that mean nothing to us, or that stand twice."""
+        unknown = []
+        for name, setting in self.document.last.items():
+            if name in REFUSED and not _asks_nothing(setting.value, REFUSED[name][1]):
+                raise self.error(f"{name} is not supported: {REFUSED[name][0]}", name)
+            if name in IGNORED and not _asks_nothing(setting.value, ()):
+                self.warn(
+                    f"{name} is not supported by chaos, ignored: {IGNORED[name]}", setting.offset
+                )
+            if name not in UNDERSTOOD and name not in REFUSED and name not in IGNORED:
+                unknown.append(setting)
+        self.some(unknown, _unknown)
+        repeated = []
+        seen: set[tuple[str, str]] = set()
+        for setting in self.document.settings:
+            origin = (setting.name, self.document.source.filename(setting.offset))
+            if origin in seen and not setting.added:
+                repeated.append(setting)
+            seen.add(origin)
+        self.some(repeated, lambda name: f"{name} is set again, the last one counts")
+
+    def some(self, settings: list[Setting], cause: Callable[[str], str]) -> None:
+        """Warn of each, up to a point."""
+        for setting in settings[:_WARNINGS_MAX]:
+            self.warn(cause(setting.name), setting.offset)
+        if len(settings) > _WARNINGS_MAX:
+            left = len(settings) - _WARNINGS_MAX
+            self.warn(f"and {left} more like it", settings[_WARNINGS_MAX].offset)
+
+    def integer(self, key: str) -> int | None:
+        """A number; 0 is no size."""
+        value = self.document.integer(key)
+        if value == 0 and key in {"memory", "maxmem"}:
+            raise self.error(f"{key} is 0", key, "it counts MiB")
+        return value
+
+    def path(self, key: str) -> str | None:
+        """A path, absolute when we know where from."""
+        path = self.document.string(key)
+        return os.path.join(self.directory, path) if path else path
+
+    def uuid(self) -> bytes | None:
+        """As uuid_parse of libuuid, which libxl calls: 8-4-4-4-12 hexadecimal digits."""
+        text = self.document.string("uuid")
+        if text is None:
+            return None
+        groups = text.split("-")
+        digits = "".join(groups)
+        if [len(group) for group in groups] != [8, 4, 4, 4, 12] or set(digits) - _HEX:
+            raise self.error(f"{quote(text)} is no UUID", "uuid", "8-4-4-4-12 hexadecimal digits")
+        return bytes.fromhex(digits)
+
+    def type(self) -> str | None:
+        """The domain's type, by ``type`` or the older ``builder``."""
+        found = self.document.string("type")
+        builder = self.document.string("builder")
+        if builder is not None:
+            old = {"generic": "pv", "hvm": "hvm"}.get(builder)
+            if old is None:
+                raise self.error(f"unknown builder {quote(builder)}", "builder", "use type")
+            if found not in {None, old}:
+                raise self.error("builder and type contradict each other", "builder", "use type")
+            found = old
+        if found == "hvm":
+            key = "type" if builder is None else "builder"
+            raise self.error("HVM domains are not supported, they need a device model", key)
+        return found
+
+    def cmdline(self) -> str | None:
+        """``cmdline``, or else ``root`` and ``extra`` put together (xl_parse.c, parse_cmdline)."""
+        cmdline, root, extra = (self.document.string(key) for key in ("cmdline", "root", "extra"))
+        if cmdline is None:
+            words = ([] if root is None else [f"root={root}"]) + ([] if extra is None else [extra])
+            return " ".join(words)
+        for key in ("root", "extra"):
+            setting = self.document.get(key)
+            if setting is not None:
+                self.warn(f"{key} is ignored in favour of cmdline", setting.offset)
+        return cmdline
+
+    def affinity(self, maxvcpus: int) -> tuple[CpuSet, ...]:
+        """``cpus``: one list for all vCPUs, or one for each; more than there are do not count."""
+        setting = self.document.get("cpus")
+        if setting is None:
+            return ()
+        if isinstance(setting.value, Atom):
+            return (self.located(setting.value, "cpus", parse_cpus),) * maxvcpus
+        atoms = self.atoms("cpus", maxvcpus)
+        return tuple(self.located(atom, "cpus", parse_cpus) for atom in atoms)
+
+    def vifs(self) -> tuple[VifConfig, ...]:
+        """Each item of ``vif``, numbered from 0."""
+        return tuple(
+            self.warned(atom, "vif", partial(parse_vif, devid=number))
+            for number, atom in enumerate(self.atoms("vif"))
+        )
+
+    def disks(self) -> tuple[DiskConfig, ...]:
+        """Each item of ``disk``."""
+        return tuple(self.warned(atom, "disk", parse_disk) for atom in self.atoms("disk"))
+
+    def warned(self, atom: Atom, key: str, parser: Callable[[str], tuple[T, list[str]]]) -> T:
+        """Run a parser of a device; its errors and warnings get the place in the file."""
+        device, warnings = self.located(atom, key, parser)
+        for warning in warnings[:_WARNINGS_MAX]:
+            self.warn(warning, atom.offset)
+        return device
+
+    def atoms(self, key: str, limit: int | None = None) -> list[Atom]:
+        """The items of a list, none of them a list; those beyond ``limit`` do not count."""
+        items = (self.document.items(key) or ())[:limit]
+        most = {"vif": VIFS_MAX, "disk": DISKS_MAX}.get(key, len(items))
+        if len(items) > most:
+            raise self.document.error(
+                f"more than {most} items in {key}", items[most].offset, key=key
+            )
+        for item in items:
+            if not isinstance(item, Atom):
+                raise self.document.error(f"a list within {key}", item.offset, key=key)
+        return [item for item in items if isinstance(item, Atom)]
+
+    def located(self, atom: Atom, key: str, parser: Callable[[str], T]) -> T:
+        """Run a parser of a value's text; its errors get the place in the file."""
+        try:
+            return parser(atom.text)
+        except ConfigError as error:
+            offset = atom.at(error.column - 1) if error.column else atom.offset
+            raise self.document.error(error.cause, offset, hint=error.hint, key=key) from None
+
+    def metadata(self) -> dict[str, Any]:
+        """``noxs_metadata`` as bytes, or the path in ``noxs_metadata_file``."""
+        text, path = self.document.string("noxs_metadata"), self.path("noxs_metadata_file")
+        if text is not None and path:
+            raise self.error("noxs_metadata is given as well", "noxs_metadata_file", "drop one")
+        metadata = None if text is None else text.encode("utf-8", "surrogateescape")
+        return {"metadata": metadata, "metadata_file": path}
+
+
+def _asks_nothing(value: Value, harmless: tuple[str, ...]) -> bool:
+    """Whether a setting is there and asks for nothing."""
+    if isinstance(value, Atom):
+        return value.text in {"", "0", *harmless}
+    return not value.items
+
+
+def _unknown(name: str) -> str:
+    near = get_close_matches(name[:64], (*UNDERSTOOD, *REFUSED, *IGNORED), 1, 0.7)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"unknown setting {quote(name)}, ignored{hint}"
