@@ -1,0 +1,347 @@
+"""Builder processes: libxenguest parses other people's images, so it does so elsewhere.
+
+A builder is forked ahead of need and serves one request at a time over a socket
+pair: populate a domain's memory, load an image into it, or both. An image that
+crashes the parser kills a builder and fails one create; the domain itself is
+made and destroyed by the parent.
+
+::
+
+    parent                              builder
+      | populate(domid, pages...)  --->  xc_dom_allocate .. xc_dom_boot_mem_init
+      | <--- done
+      | load(image fds, ports...)  --->  xc_dom_kernel_file .. xc_dom_gnttab_init
+      | <--- frames of the console ring, the store page and start_info
+      | drop(domid)                --->  xc_dom_release
+      | end of file                --->  exit
+
+Requests and replies are one msgpack value in one SOCK_SEQPACKET message; file
+descriptors travel beside it (SCM_RIGHTS). A reply is {"ok": values} or
+{"error": [class, message, hint]}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import select
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgpack
+
+from xenctypes.errors import CallFailed, ChaosError, ImageError, XenError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from xenctypes.ctrl import Xenctrl
+    from xenctypes.guest import DomBuilder
+
+MESSAGE_MAX = 16384
+KERNEL_MAX = 512 << 20  # bytes, after decompression
+RAMDISK_MAX = 4 << 30
+PR_SET_PDEATHSIG = 1
+PR_SET_NO_NEW_PRIVS = 38
+PV_GUEST_TYPE = b"xen-3.0-x86_64"
+SIF_MOD_START_PFN = 1 << 3  # public/xen.h: mod_start is a pfn
+PATIENCE = 120.0  # seconds for one request, after which a builder counts as hung
+
+
+class Loaded(NamedTuple):
+    """Where libxenguest put things, as machine frame numbers of a PV domain."""
+
+    console_frame: int
+    store_frame: int
+    start_info_frame: int
+
+
+class Builder:
+    """The parent's end of a builder process. One request at a time."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _become_builder(theirs, parent)
+        theirs.close()
+        self._socket = ours
+        self.pid = pid
+        self._poll = select.poll()
+        self._poll.register(ours, select.POLLIN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process has not been closed; it may still have died unnoticed."""
+        return self.pid > 0
+
+    def populate(self, domid: int, *, mib: int, reserved: int = 0) -> list[int]:
+        """Give a fresh PV domain ``mib`` MiB of memory.
+
+        The last ``reserved`` pages of it are the toolstack's: their machine frames are
+        returned, and an image that would reach into them is refused.
+        """
+        frames = self._call({"do": "populate", "domid": domid, "mib": mib, "reserved": reserved})
+        return _frames(frames, reserved)
+
+    def load(
+        self,
+        domid: int,
+        *,
+        kernel: int,
+        ramdisk: int | None,
+        cmdline: bytes,
+        vcpus: int,
+        console_port: int,
+        store_port: int,
+        reserved: int = 0,
+    ) -> Loaded:
+        """Build the image behind the descriptors into a populated domain.
+
+        Raises ImageError when libxenguest refuses the image or dies of it.
+        """
+        fds = [kernel] if ramdisk is None else [kernel, ramdisk]
+        request = {
+            "do": "load",
+            "domid": domid,
+            "ramdisk": ramdisk is not None,
+            "reserved": reserved,
+            "cmdline": cmdline,
+            "vcpus": vcpus,
+            "console_port": console_port,
+            "store_port": store_port,
+        }
+        return Loaded(*_frames(self._call(request, fds), len(Loaded._fields)))
+
+    def drop(self, domid: int) -> None:
+        """Forget a domain: release what the builder holds for it. A dead builder is fine."""
+        if self.alive:
+            self._call({"do": "drop", "domid": domid})
+
+    def close(self) -> None:
+        """End the process and reap it. Idempotent."""
+        if self.pid > 0:
+            self._socket.close()
+            self._reap(force=True)
+
+    def _call(self, request: dict[str, Any], fds: Sequence[int] = ()) -> Any:
+        if not self.alive:
+            raise XenError("the domain builder is gone", hint="try again")
+        try:
+            reply = self._exchange(msgpack.packb(request), fds)
+        except (BrokenPipeError, ConnectionResetError):
+            reply = b""
+        except BaseException:
+            self.close()  # a reply may be under way: this builder cannot be asked again
+            raise
+        if not reply:
+            raise self._died(request["do"])
+        answer = msgpack.unpackb(reply, strict_map_key=True, max_buffer_size=MESSAGE_MAX)
+        if "error" in answer:
+            kind, message, hint = answer["error"]
+            raise (ImageError if kind == "image" else XenError)(str(message), hint=str(hint))
+        return answer["ok"]
+
+    def _exchange(self, request: bytes, fds: Sequence[int]) -> bytes:
+        socket.send_fds(self._socket, [request], fds)
+        if not self._poll.poll(PATIENCE * 1000):
+            raise ImageError(f"the domain builder gave no answer for {PATIENCE:.0f} s")
+        return self._socket.recv(MESSAGE_MAX)
+
+    def _died(self, what: str) -> ChaosError:
+        status = self._reap(force=False)
+        self._socket.close()
+        if os.WIFSIGNALED(status):
+            reason = f"it died of {signal.Signals(os.WTERMSIG(status)).name}"
+        else:
+            reason = f"it exited with {os.waitstatus_to_exitcode(status)}"
+        if what == "load":
+            return ImageError(
+                f"not a bootable image: the domain builder could not digest it, {reason}"
+            )
+        return XenError(f"the domain builder failed: {reason}")
+
+    def _reap(self, *, force: bool) -> int:
+        pid, self.pid = self.pid, -1
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            fd = os.pidfd_open(pid)
+            try:
+                if force:
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                exited = bool(select.select([fd], [], [], 1.0)[0])
+            finally:
+                os.close(fd)
+            if exited:
+                break
+            force = True
+        return os.waitpid(pid, 0)[1]
+
+
+def _frames(value: Any, count: int) -> list[int]:
+    """``count`` frame numbers from a builder: a hostile image may have taken it over."""
+    if not (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(frame, int) and 0 <= frame < 1 << 52 for frame in value)
+    ):
+        raise XenError("the domain builder sent a reply that makes no sense")
+    return value
+
+
+def _become_builder(channel: socket.socket, parent: int) -> None:
+    """The rest of a builder's life, in the forked child: never returns."""
+    status = 1
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        if os.getppid() != parent:
+            return
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _close_others(channel.fileno())
+        _serve(channel)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _close_others(keep: int) -> None:
+    """Close all but the standard descriptors and ``keep``: a builder holds nobody's locks."""
+    os.closerange(3, keep)
+    os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+def _serve(channel: socket.socket) -> None:
+    from xenctypes.ctrl import Xenctrl
+
+    builds: dict[int, DomBuilder] = {}
+    with Xenctrl() as ctrl:
+        while True:
+            message, fds, _, _ = socket.recv_fds(channel, MESSAGE_MAX, 2)
+            if not message:
+                return
+            try:
+                reply = {"ok": _answer(ctrl, builds, msgpack.unpackb(message), fds)}
+            except CallFailed as error:
+                kind = "image" if error.function in IMAGE_CALLS else "xen"
+                reply = {"error": [kind, _explain(error), error.hint]}
+            except ChaosError as error:
+                reply = {"error": ["xen", error.message, error.hint]}
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            channel.send(msgpack.packb(reply))
+
+
+# A failure of these speaks of the image; of any other, of the host.
+IMAGE_CALLS = frozenset(
+    {"xc_dom_kernel_file", "xc_dom_module_file", "xc_dom_parse_image", "xc_dom_build_image"}
+)
+
+
+def _explain(error: CallFailed) -> str:
+    if error.function in IMAGE_CALLS:
+        return f"not a bootable image: {error.detail or error.message}"
+    return error.message
+
+
+def _answer(
+    ctrl: Xenctrl, builds: dict[int, DomBuilder], request: dict[str, Any], fds: list[int]
+) -> Any:
+    domid = request["domid"]
+    if request["do"] == "populate":
+        build = builds[domid] = _populate(ctrl, domid, request["mib"])
+        top = request["mib"] << 8
+        return [build.p2m(pfn) for pfn in range(top - request["reserved"], top)]
+    if request["do"] == "load":
+        build = builds.pop(domid)
+        try:
+            return list(_load(build, request, fds))
+        finally:
+            build.release()
+    dropped = builds.pop(domid, None)
+    if dropped is not None:
+        dropped.release()
+    return None
+
+
+def _populate(ctrl: Xenctrl, domid: int, mib: int) -> DomBuilder:
+    from xenctypes.guest import DomBuilder
+
+    build = DomBuilder(ctrl)
+    try:
+        build.guest_type = PV_GUEST_TYPE  # before the kernel says so: it picks the arch hooks
+        build.boot_xen_init(domid)
+        build.rambase_init(0)
+        build.mem_init(mib)
+        build.boot_mem_init()
+    except BaseException:
+        build.release()
+        raise
+    return build
+
+
+def _check_reserved(build: DomBuilder, reserved: int) -> None:
+    """Refuse an image that was laid out over the pages at the top that are the toolstack's.
+
+    The boot stack is the last page that libxenguest uses, but for a ramdisk that wants no
+    mapping (xg_dom_core.c, xc_dom_build_image); what follows it is padding.
+    """
+    end = build.bootstack_pfn + 1
+    if build.flags & SIF_MOD_START_PFN:
+        end = build.pfn_alloc_end
+    if reserved and end > build.total_pages - reserved:
+        short = end - (build.total_pages - reserved)
+        raise CallFailed(
+            "xc_dom_build_image",
+            0,
+            f"its devices and metadata leave it {short} pages short",
+            hint="raise memory=",
+        )
+
+
+def _load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:
+    build.cmdline = request["cmdline"]
+    build.kernel_max_size(KERNEL_MAX)
+    build.kernel_file(f"/proc/self/fd/{fds[0]}")
+    if request["ramdisk"]:
+        build.ramdisk_max_size(RAMDISK_MAX)
+        build.ramdisk_file(f"/proc/self/fd/{fds[1]}")
+    build.parse_image()
+    if build.guest_type != PV_GUEST_TYPE:
+        raise CallFailed(
+            "xc_dom_parse_image", 0, f"a {build.guest_type.decode()} kernel, not a 64-bit PV one"
+        )
+    build.max_vcpus = request["vcpus"]
+    build.console_evtchn = request["console_port"]
+    build.xenstore_evtchn = request["store_port"]
+    build.console_domid = 0
+    build.xenstore_domid = 0
+    build.build_image()
+    _check_reserved(build, request["reserved"])
+    build.boot_image()
+    build.gnttab_init()
+    return Loaded(
+        build.p2m(build.console_pfn), build.p2m(build.xenstore_pfn), build.p2m(build.start_info_pfn)
+    )

@@ -1,0 +1,141 @@
+"""The command: finds the verb, imports only that one, runs it, turns errors into one line.
+
+Exit codes: 0 done; 1 it failed; 2 the command line or a configuration is wrong;
+3 `wait`: the domain died before it was ready; 124 `wait`: timed out; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from chaos import __version__
+from xenctypes.errors import ChaosError, ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_INTERRUPTED = 130
+
+
+class Verb(NamedTuple):
+    """A verb's module below chaos.verbs, and its line in the help."""
+
+    module: str
+    summary: str
+
+
+VERBS = {
+    "create": Verb("create", "create a domain from a configuration file"),
+    "list": Verb("list", "list domains"),
+    "destroy": Verb("destroy", "end domains at once"),
+    "pause": Verb("pause", "stop a domain from running"),
+    "unpause": Verb("pause", "let a paused domain run"),
+    "console": Verb("console", "attach to a domain's console; Ctrl-] leaves"),
+    "wait": Verb("wait", "wait until a domain is ready or dead"),
+    "domid": Verb("names", "print the domid of a name"),
+    "domname": Verb("names", "print the name of a domid"),
+    "rename": Verb("names", "give a domain another name"),
+    "info": Verb("info", "print information on the host"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError naming the command to ask for help."""
+        raise UsageError(f"{self.prog}: {message}", hint=f"see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = False
+    try:
+        while arguments and arguments[0] in {"-v", "--verbose"}:
+            verbose = True
+            arguments.pop(0)
+        return _run(arguments, verbose=verbose)
+    except SystemExit as ending:  # --help and --version of argparse
+        return ending.code if isinstance(ending.code, int) else 0
+    except ChaosError as error:
+        _report(error, verbose=verbose or "-v" in arguments or "--verbose" in arguments)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        for note in getattr(interrupt, "__notes__", ()):
+            sys.stderr.write(f"chaos: {note}\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep the interpreter from saying so at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: list[str], *, verbose: bool) -> int:
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        if arguments[1:2] and arguments[1] in VERBS:
+            return _run([arguments[1], "--help"], verbose=verbose)
+        sys.stdout.write(usage())
+        return 0 if arguments else UsageError.exit_code
+    name, *rest = arguments
+    if name in {"-V", "--version"}:
+        sys.stdout.write(f"chaos {__version__}\n")
+        return 0
+    verb = VERBS.get(name)
+    if verb is None:
+        raise UsageError(f'no verb "{name}"', hint=_nearest(name))
+    module = import_module(f"chaos.verbs.{verb.module}")
+    parser = Parser(prog=f"chaos {name}", description=verb.summary, allow_abbrev=False)
+    parser.set_defaults(verb=name)
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the chain of causes")
+    module.configure(parser, name)
+    args = parser.parse_args(rest)
+
+    from chaos.host import Host
+    from chaos.invocation import Invocation
+    from chaos.registry import Registry
+
+    with Host() as host:
+        code: int = module.run(Invocation(args, host, Registry()))
+        sys.stdout.flush()
+        return code
+
+
+def usage() -> str:
+    """The text of `chaos --help`."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return (
+        "usage: chaos [-v] VERB [OPTION...]\n\n"
+        "Boots Xen domains faster than a process forks.\n\n"
+        + "\n".join(lines)
+        + "\n\nchaos VERB --help tells more. A domain is named by its name, domid or UUID.\n"
+    )
+
+
+def _nearest(name: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, VERBS, n=1)
+    return f"did you mean {close[0]}?" if close else "see chaos --help"
+
+
+def _report(error: ChaosError, *, verbose: bool) -> None:
+    lines = [f"chaos: {error}"]
+    if isinstance(error, ConfigError) and error.source:
+        lines.append(error.excerpt)
+    lines += [f"chaos: {note}" for note in getattr(error, "__notes__", ())]
+    if verbose:
+        cause = error.__cause__
+        while cause is not None:
+            lines.append(f"  caused by {type(cause).__name__}: {cause}")
+            cause = cause.__cause__
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,220 @@
+"""A guest's console: Dom0's end of the ring, its history, and attaching a terminal to it.
+
+The ring is the guest's memory (public/io/console.h): its indexes are copied once
+and bounded before a byte is read. One process at a time consumes it; what it
+takes goes to console.log beside the domain's record, so that whoever attaches
+next sees what the guest wrote before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+from struct import Struct
+from typing import TYPE_CHECKING
+
+from chaos.death import DeathWatch
+from xenctypes.errors import CallFailed, StateError
+from xenctypes.evtchn import Evtchn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self
+
+    from chaos.host import Host
+    from chaos.registry import Record, Registry
+
+IN_SIZE = 1024
+OUT_SIZE = 2048
+IN_AT, OUT_AT, INDEXES_AT = 0, IN_SIZE, IN_SIZE + OUT_SIZE
+INDEXES = Struct("@4I")  # in_cons, in_prod, out_cons, out_prod
+WORD = Struct("@I")
+WORD_MASK = 0xFFFFFFFF
+LOG_MAX = 65536
+ESCAPE = b"\x1d"  # Ctrl-]
+
+
+class ConsoleRing:
+    """The ring's page as a memoryview, from Dom0's side."""
+
+    def __init__(self, page: memoryview) -> None:
+        self._page = page
+
+    def pending(self) -> bool:
+        """Whether the guest has written something that was not read."""
+        _, _, cons, prod = INDEXES.unpack_from(self._page, INDEXES_AT)
+        return bool(cons != prod)
+
+    def read(self) -> bytes:
+        """Take what the guest wrote, at most one ring full; b"" when there is nothing."""
+        _, _, cons, prod = INDEXES.unpack_from(self._page, INDEXES_AT)
+        size = min((prod - cons) & WORD_MASK, OUT_SIZE)
+        start = cons % OUT_SIZE
+        first = bytes(self._page[OUT_AT + start : OUT_AT + min(start + size, OUT_SIZE)])
+        data = first + bytes(self._page[OUT_AT : OUT_AT + size - len(first)])
+        WORD.pack_into(self._page, INDEXES_AT + 8, prod)
+        return data
+
+    def write(self, data: bytes) -> int:
+        """Give the guest input; returns how many bytes the ring had room for."""
+        cons, prod, *_ = INDEXES.unpack_from(self._page, INDEXES_AT)
+        used = (prod - cons) & WORD_MASK
+        count: int = min(len(data), max(0, IN_SIZE - used))
+        for index in range(count):
+            self._page[IN_AT + (prod + index) % IN_SIZE] = data[index]
+        WORD.pack_into(self._page, INDEXES_AT + 4, (prod + count) & WORD_MASK)
+        return count
+
+
+class History:
+    """console.log: the last LOG_MAX bytes that were consumed. Its lock makes the consumer one."""
+
+    def __init__(self, path: str, name: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise StateError(
+                f'the console of "{name}" is attached elsewhere', hint="leave it there with Ctrl-]"
+            ) from None
+
+    def read(self) -> bytes:
+        """What was kept so far, the last LOG_MAX bytes."""
+        size = os.fstat(self._fd).st_size
+        return os.pread(self._fd, LOG_MAX, max(0, size - LOG_MAX))
+
+    def append(self, data: bytes) -> None:
+        """Keep ``data``; the file is cut back to LOG_MAX when it reaches twice that."""
+        os.write(self._fd, data)
+        if os.fstat(self._fd).st_size > 2 * LOG_MAX:
+            kept = self.read()
+            os.ftruncate(self._fd, 0)
+            os.write(self._fd, kept)
+
+    def close(self) -> None:
+        """Let the next one attach."""
+        os.close(self._fd)
+
+
+class Console:
+    """One domain's console, held by this process until ``close``."""
+
+    def __init__(self, host: Host, names: Registry, record: Record) -> None:
+        self._stack = contextlib.ExitStack()
+        try:
+            self.history = History(f"{names.path}/domains/{record.uuid}/console.log", record.name)
+            self._stack.callback(self.history.close)
+            frames = [record.console_frame]
+            mapping = self._stack.enter_context(host.memory.map(record.domid, frames))
+            self._ring = ConsoleRing(mapping.view)
+            self._evtchn = self._stack.enter_context(Evtchn())
+            self._port = self._bind(record)
+            uuid = bytes.fromhex(record.uuid.replace("-", ""))
+            self._death = self._stack.enter_context(DeathWatch(host, record.domid, uuid))
+        except FileNotFoundError:
+            self._stack.close()
+            raise StateError(f'domain "{record.name}" is gone') from None
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _bind(self, record: Record) -> int:
+        """The guest's console channel, or 0 when the guest is past using it."""
+        try:
+            return self._evtchn.bind_interdomain(record.domid, record.console_port)
+        except CallFailed as error:
+            if error.errno in {errno.EINVAL, errno.ESRCH}:
+                return 0  # closed by the guest, or dying: what it wrote is still in the ring
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the ring and its channel. Idempotent."""
+        self._stack.close()
+
+    def take(self) -> bytes:
+        """What the guest has written, all that is there now; kept in the history too."""
+        data = self._ring.read()
+        if data:
+            self.history.append(data)
+            self._notify()
+        return data
+
+    def _notify(self) -> None:
+        if self._port:
+            self._evtchn.notify(self._port)
+
+    def attach(self, stdin: int, show: Callable[[bytes], None]) -> str:
+        """Copy between the terminal and the guest until one of them ends it.
+
+        ``stdin`` is a descriptor to read (-1: none). Returns "detached" after Ctrl-],
+        "eof" when input ended, "dead" when the domain died, its last words shown.
+        """
+        poll = select.poll()
+        for fd in (self._evtchn.fd if self._port else -1, self._death.fd):
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
+        unsent = b""
+        ending = ""
+        listening = False
+        while not ending:
+            self._show_all(show)
+            unsent = self._send(unsent)
+            if self._death.check() is not None:
+                ending = "dead"
+                break
+            if stdin >= 0 and listening != (len(unsent) < IN_SIZE):
+                listening = not listening
+                if listening:
+                    poll.register(stdin, select.POLLIN)
+                else:  # the guest does not read: let the terminal wait
+                    poll.unregister(stdin)
+            for fd in self._ready(poll):
+                if fd == stdin:
+                    typed, ending = _read_terminal(stdin, IN_SIZE - len(unsent))
+                    unsent = self._send(unsent + typed)
+        self._show_all(show)
+        return ending
+
+    def _ready(self, poll: select.poll) -> list[int]:
+        """Wait; take the events that came, and return the descriptors that have them."""
+        timeout = self._death.timeout
+        ready = [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)]
+        if self._death.fd in ready:
+            self._death.drain()
+        if self._evtchn.fd in ready:
+            self._evtchn.unmask(self._evtchn.pending())
+        return ready
+
+    def _show_all(self, show: Callable[[bytes], None]) -> None:
+        while data := self.take():
+            show(data)
+
+    def _send(self, data: bytes) -> bytes:
+        """Put ``data`` into the ring; returns what did not fit."""
+        count = self._ring.write(data)
+        if count:
+            self._notify()
+        return data[count:]
+
+
+def _read_terminal(stdin: int, size: int) -> tuple[bytes, str]:
+    """What was typed, and how that ends the attachment: "detached", "eof" or ""."""
+    data = os.read(stdin, size)
+    before, left, _ = data.partition(ESCAPE)
+    return before, "detached" if left else "" if data else "eof"

@@ -1,0 +1,332 @@
+"""The create: a Creation carries one through the steps, CREATE_STEPS lists them.
+
+State of a domain, and who moves it::
+
+             reserve            domain ... channels             load, page
+    (name) ----------> building ------------------> shell ------------------> paused
+                                                                               | unpause
+         ready event, on the store channel                                     v
+    ready <------------------------------------------------------------- running
+"""
+
+from __future__ import annotations
+
+import time
+import uuid as uuid_module
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+from chaos import image, registry
+from chaos.devicepage import DevicePage
+from chaos.steps import (
+    CONFIG,
+    EXECUTE,
+    HYPERVISOR,
+    IMAGE,
+    PREPARE,
+    TOOLSTACK,
+    Step,
+    Timing,
+    perform,
+    roll_back,
+)
+from noxs.abi import STATE_READY
+from noxs.page import Page, pages_needed
+from xenctypes.errors import XenError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from chaos.builder import Builder, Loaded
+    from chaos.config import DomainConfig
+    from chaos.host import Host
+    from chaos.registry import Entry, Record, Registry
+
+SLACK_KIB = 1024  # above maxmem, as libxl's LIBXL_MAXMEM_CONSTANT
+EVTCHN_PORT_MAX = 1023
+GRANT_FRAMES_MAX = 64
+MAPTRACK_FRAMES_MAX = 1024
+
+
+@dataclass
+class Creation:
+    """One create under way: what was asked, and what the steps have made so far."""
+
+    config: DomainConfig
+    host: Host
+    builder: Builder
+    registry: Registry
+    uuid: uuid_module.UUID = field(default_factory=uuid_module.uuid4)
+    entry: Entry | None = None
+    record: Record | None = None
+    kernel: image.OpenImage | None = None
+    ramdisk: image.OpenImage | None = None
+    info: image.ImageInfo | None = None
+    domid: int = -1
+    console_port: int = 0  # the guest's end
+    store_port: int = 0  # the guest's end
+    store_local: int = 0  # Dom0's end, bound in this process
+    loaded: Loaded | None = None
+    reserved: list[int] = field(default_factory=list)  # frames of our pages at the top of memory
+    page: DevicePage | None = None
+    ready_ms: float | None = None
+    unpaused_ns: int = 0
+    timings: list[Timing] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.config.uuid is not None:
+            self.uuid = uuid_module.UUID(bytes=self.config.uuid)
+
+    @property
+    def noxs(self) -> bool:
+        """Whether the image says that it speaks noxs."""
+        return self.info is not None and self.info.noxs_abi is not None
+
+    @property
+    def more_pages(self) -> int:
+        """How many pages the device page needs beyond its first."""
+        return pages_needed((), len(self.config.metadata)) - 1
+
+    def describe(self) -> Page:
+        """What the guest will read of itself."""
+        top = (self.config.memory << 8) - len(self.reserved)
+        return Page(
+            self.config.name,
+            self.domid,
+            self.uuid.bytes,
+            metadata=self.config.metadata,
+            more_pages=tuple(range(top, top + len(self.reserved))),
+            reserved=((top, len(self.reserved)),) if self.reserved else (),
+        )
+
+    def run(self, steps: Sequence[Step[Creation]] | None = None) -> Creation:
+        """Do the steps; on a failure nothing stays behind. Raises StepError."""
+        todo = CREATE_STEPS if steps is None else steps
+        perform(todo, self, self.timings, subject=f'cannot create "{self.config.name}"')
+        return self
+
+    def undo(self) -> list[str]:
+        """Take back a create that was done; returns a line for each step that resisted."""
+        return roll_back(CREATE_STEPS, self)
+
+    def close(self) -> None:
+        """Let go of what only the create itself needed. The domain stays."""
+        for opened in (self.kernel, self.ramdisk):
+            if opened is not None:
+                opened.close()
+        if self.store_local:
+            self.host.evtchn.unbind(self.store_local)
+            self.store_local = 0
+        if self.page is not None:
+            self.page.close()
+            self.page = None
+        if self.entry is not None:
+            self.entry.close()
+
+
+def _reserve(creation: Creation) -> None:
+    record = registry.Record(
+        uuid=str(creation.uuid),
+        name=creation.config.name,
+        created=time.time(),
+        config=creation.config.as_dict(),
+    )
+    creation.record = record
+    creation.entry = creation.registry.reserve(record)
+
+
+def _release(creation: Creation) -> None:
+    if creation.entry is not None and creation.record is not None:
+        creation.registry.forget(creation.entry, creation.record)
+        creation.entry.close()
+        creation.entry = None
+
+
+def _open_images(creation: Creation) -> None:
+    config = creation.config
+    creation.kernel = image.open_image(config.kernel)
+    creation.info = image.inspect(creation.kernel)
+    image.check_type(creation.info, config.type, path=config.kernel)
+    image.check_abi(creation.info)
+    if config.ramdisk:
+        creation.ramdisk = image.open_ramdisk(config.ramdisk)
+
+
+def _close_images(creation: Creation) -> None:
+    for opened in (creation.kernel, creation.ramdisk):
+        if opened is not None:
+            opened.close()
+    creation.kernel = creation.ramdisk = None
+
+
+def _create_domain(creation: Creation) -> None:
+    creation.domid = creation.host.ctrl.domain_create(
+        uuid=creation.uuid.bytes,
+        flags=0,
+        max_vcpus=creation.config.maxvcpus,
+        max_evtchn_port=EVTCHN_PORT_MAX,
+        max_grant_frames=GRANT_FRAMES_MAX,
+        max_maptrack_frames=MAPTRACK_FRAMES_MAX,
+        grant_opts=creation.host.grant_version,
+    )
+
+
+def _destroy_domain(creation: Creation) -> None:
+    if creation.domid >= 0:
+        creation.host.ctrl.domain_destroy(creation.domid)
+        creation.domid = -1
+
+
+def _create_vcpus(creation: Creation) -> None:
+    ctrl = creation.host.ctrl
+    ctrl.domain_max_vcpus(creation.domid, creation.config.maxvcpus)
+    for vcpu, cpus in enumerate(creation.config.affinity):
+        if not cpus.everything:
+            wanted = cpus.resolve(creation.host.nr_cpus)
+            if not wanted:
+                raise creation.config.error(
+                    f"vCPU {vcpu} may run on no CPU: this host has {creation.host.nr_cpus}", "cpus"
+                )
+            ctrl.vcpu_setaffinity(creation.domid, vcpu, wanted)
+
+
+def _populate(creation: Creation) -> None:
+    config = creation.config
+    ctrl = creation.host.ctrl
+    ctrl.domain_setmaxmem(creation.domid, config.maxmem * 1024 + SLACK_KIB)
+    try:
+        creation.reserved = creation.builder.populate(
+            creation.domid, mib=config.memory, reserved=creation.more_pages
+        )
+    except XenError as error:
+        free = ctrl.physinfo().free_pages >> 8
+        if free < config.memory:
+            raise XenError(
+                f"not enough memory: {config.memory} MiB asked for, {free} MiB free",
+                hint="destroy a domain, or lower memory=",
+            ) from error
+        raise
+
+
+def _depopulate(creation: Creation) -> None:
+    if creation.domid >= 0 and creation.builder.alive:
+        creation.builder.drop(creation.domid)
+
+
+def _open_channels(creation: Creation) -> None:
+    ctrl = creation.host.ctrl
+    creation.console_port = ctrl.evtchn_alloc_unbound(creation.domid, 0)
+    creation.store_port = ctrl.evtchn_alloc_unbound(creation.domid, 0)
+    creation.store_local = creation.host.evtchn.bind_interdomain(
+        creation.domid, creation.store_port
+    )
+
+
+def _close_channels(creation: Creation) -> None:
+    if creation.store_local:
+        creation.host.evtchn.unbind(creation.store_local)
+        creation.store_local = 0
+
+
+def _load(creation: Creation) -> None:
+    assert creation.kernel is not None
+    creation.loaded = creation.builder.load(
+        creation.domid,
+        kernel=creation.kernel.fd,
+        ramdisk=None if creation.ramdisk is None else creation.ramdisk.fd,
+        cmdline=creation.config.cmdline.encode(),
+        vcpus=creation.config.maxvcpus,
+        console_port=creation.console_port,
+        # A guest that does not speak noxs must not wait for a store that nobody serves.
+        store_port=creation.store_port if creation.noxs else 0,
+        reserved=len(creation.reserved),
+    )
+
+
+def _write_page(creation: Creation) -> None:
+    if creation.noxs:
+        assert creation.loaded is not None
+        frames = [creation.loaded.store_frame, *creation.reserved]
+        creation.page = DevicePage(creation.host, creation.domid, frames)
+        creation.page.write(creation.describe())
+
+
+def _close_page(creation: Creation) -> None:
+    if creation.page is not None:
+        creation.page.close()
+        creation.page = None
+
+
+def _record(creation: Creation) -> None:
+    record, entry, loaded = creation.record, creation.entry, creation.loaded
+    assert record is not None
+    assert entry is not None
+    assert loaded is not None
+    record.domid = creation.domid
+    record.noxs = creation.noxs
+    record.console_frame = loaded.console_frame
+    record.console_port = creation.console_port
+    record.store_frame = loaded.store_frame
+    record.store_port = creation.store_port
+    record.state = registry.RUNNING
+    entry.write(record)
+
+
+def _unpause(creation: Creation) -> None:
+    creation.host.ctrl.domain_unpause(creation.domid)
+    creation.unpaused_ns = perf_counter_ns()
+
+
+CREATE_STEPS: tuple[Step[Creation], ...] = (
+    Step("reserve", EXECUTE, TOOLSTACK, _reserve, _release),
+    Step("open image", EXECUTE, CONFIG, _open_images, _close_images),
+    Step("create domain", PREPARE, HYPERVISOR, _create_domain, _destroy_domain),
+    Step("create vcpus", PREPARE, HYPERVISOR, _create_vcpus),
+    Step("populate", PREPARE, HYPERVISOR, _populate, _depopulate),
+    Step("open channels", PREPARE, HYPERVISOR, _open_channels, _close_channels),
+    Step("load image", EXECUTE, IMAGE, _load),
+    Step("write page", EXECUTE, TOOLSTACK, _write_page, _close_page),
+    Step("record", EXECUTE, TOOLSTACK, _record),
+    Step("unpause", EXECUTE, HYPERVISOR, _unpause),
+)
+UNPAUSED_STEPS = CREATE_STEPS[:-1]
+
+
+def wait_ready(creation: Creation, timeout: float) -> float | None:
+    """Wait for the guest's ready event; milliseconds since unpause, None if none came in time.
+
+    A noxs guest must also have set its state word: an event alone could be anything. The
+    result is kept in the domain's record.
+    """
+    deadline = time.monotonic() + timeout
+    evtchn = creation.host.evtchn
+    while (left := deadline - time.monotonic()) > 0:
+        if not evtchn.wait(creation.store_local, left):
+            break
+        seen = perf_counter_ns()
+        if creation.page is None or creation.page.words().state == STATE_READY:
+            creation.ready_ms = (seen - creation.unpaused_ns) / 1e6
+            break
+    if creation.ready_ms is not None and creation.record and creation.entry:
+        creation.record.ready_ms = creation.ready_ms
+        creation.entry.write(creation.record)
+    return creation.ready_ms
+
+
+def profile_json(creation: Creation) -> dict[str, Any]:
+    """The timings as plain values: milliseconds for each step, their sums, and until ready."""
+    steps = [
+        {"name": t.name, "phase": t.phase, "category": t.category, "ms": t.ns / 1e6}
+        for t in creation.timings
+    ]
+    prepare = sum(t.ns for t in creation.timings if t.phase == PREPARE) / 1e6
+    execute = sum(t.ns for t in creation.timings if t.phase == EXECUTE) / 1e6
+    return {
+        "steps": steps,
+        "prepare_ms": prepare,
+        "execute_ms": execute,
+        "create_ms": prepare + execute,
+        "ready_ms": creation.ready_ms,
+    }

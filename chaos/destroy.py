@@ -1,0 +1,46 @@
+"""The end of a domain: every step is tried, so that one that fails keeps nothing else alive."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chaos import registry
+from xenctypes.errors import StateError
+
+if TYPE_CHECKING:
+    from chaos.domains import Domain
+    from chaos.host import Host
+    from chaos.registry import Registry
+
+
+def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False) -> None:
+    """Destroy a domain and forget its name.
+
+    Raises StateError for Domain-0, for a domain of another toolstack unless ``force``, and for
+    one that another command is building; CallFailed if the hypervisor refuses.
+    """
+    if domain.domid == 0:
+        raise StateError("Domain-0 is the host itself and cannot be destroyed")
+    if domain.record is None:
+        if domain.info.dying:
+            raise StateError(
+                f"domain {domain.domid} is dying already: somebody still maps its memory",
+                hint="it goes when they let go",
+            )
+        if not force:
+            raise StateError(
+                f'domain "{domain.name}" ({domain.domid}) was not made by chaos',
+                hint="use the toolstack that made it, or --force",
+            )
+        host.ctrl.domain_destroy(domain.domid)
+        return
+    with names.entry(domain.uuid) as entry:
+        if not entry.lock(wait=False):
+            raise StateError(
+                f'domain "{domain.name}" is being created or destroyed by another command',
+                hint="wait for it",
+            )
+        record = names.read(domain.uuid) or registry.Record(domain.uuid, domain.name)
+        if not domain.info.dying:
+            host.ctrl.domain_destroy(domain.domid)
+        names.forget(entry, record)

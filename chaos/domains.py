@@ -1,0 +1,172 @@
+"""Domains by name, domid or UUID: the hypervisor's list joined with our records."""
+
+from __future__ import annotations
+
+import uuid as uuid_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from chaos import registry
+from xenctypes.errors import StateError
+
+if TYPE_CHECKING:
+    from chaos.host import Host
+    from chaos.registry import Record, Registry
+    from xenctypes.ctrl import DomainInfo
+
+DOM0 = "Domain-0"
+UNNAMED = "(null)"  # what xl calls a domain whose name it does not know
+SHUTDOWN_LETTERS = "-rscwS"  # poweroff, reboot, suspend, crash, watchdog, soft reset (xl_info.c)
+SHUTDOWN_NAMES = ("poweroff", "reboot", "suspend", "crash", "watchdog", "soft-reset")
+
+
+class Domain(NamedTuple):
+    """One domain as the hypervisor has it, with what we remember of it."""
+
+    info: DomainInfo
+    name: str
+    record: Record | None
+
+    @property
+    def domid(self) -> int:
+        """The hypervisor's number for it."""
+        return self.info.domid
+
+    @property
+    def uuid(self) -> str:
+        """The UUID that the hypervisor stores, as text."""
+        return str(uuid_module.UUID(bytes=self.info.uuid))
+
+    @property
+    def memory_mib(self) -> int:
+        """Memory in MiB, with what is claimed and not yet populated, as xl counts it."""
+        return (self.info.tot_pages + self.info.outstanding_pages) >> 8
+
+    @property
+    def state(self) -> str:
+        """The six letters of xl's State column."""
+        info = self.info
+        reason = shutdown_letter(info)
+        return "".join(
+            letter if flag else "-"
+            for letter, flag in (
+                ("r", info.running),
+                ("b", info.blocked),
+                ("p", info.paused),
+                ("s", info.shutdown),
+                (reason, info.shutdown),
+                ("d", info.dying),
+            )
+        )
+
+
+def shutdown_letter(info: DomainInfo) -> str:
+    """The letter of xl for why it shut down: "-" for a plain poweroff, "?" for a new reason."""
+    reason = info.shutdown_reason or 0
+    return SHUTDOWN_LETTERS[reason] if 0 <= reason < len(SHUTDOWN_LETTERS) else "?"
+
+
+def shutdown_name(info: DomainInfo) -> str:
+    """Why a domain shut down, as a word (SHUTDOWN_* of xen/sched.h)."""
+    reason = info.shutdown_reason or 0
+    return SHUTDOWN_NAMES[reason] if 0 <= reason < len(SHUTDOWN_NAMES) else f"reason {reason}"
+
+
+def list_domains(host: Host, names: Registry) -> list[Domain]:
+    """Every domain, by domid; reaps first what dead commands left behind."""
+    infos = host.ctrl.domain_list()
+    if reap(host, names, infos):
+        infos = host.ctrl.domain_list()
+    return [_join(info, names) for info in infos]
+
+
+def find(host: Host, names: Registry, wanted: str) -> Domain:
+    """The domain that ``wanted`` names: a domid, a name or a UUID. Raises StateError."""
+    info = None
+    if wanted.isascii() and wanted.isdigit():
+        info = host.ctrl.domain_info(int(wanted)) if len(wanted) < 6 else None
+    elif wanted == DOM0:
+        info = host.ctrl.domain_info(0)
+    else:
+        uuid = names.uuid_of(wanted) or _as_uuid(wanted)
+        if uuid is not None:
+            info = _by_uuid(host, names, uuid)
+    if info is None:
+        raise StateError(f'no domain "{wanted}"', hint="chaos list shows what runs")
+    return _join(info, names)
+
+
+def owned(host: Host, names: Registry, wanted: str) -> tuple[Domain, Record]:
+    """Like find, but only a domain that chaos made and finished: others raise StateError."""
+    domain = find(host, names, wanted)
+    if domain.record is None:
+        raise StateError(
+            f'domain "{wanted}" was not made by chaos', hint="use the toolstack that made it"
+        )
+    if domain.record.state == registry.BUILDING:
+        raise StateError(f'domain "{wanted}" is still being created', hint="try again")
+    return domain, domain.record
+
+
+def reap(host: Host, names: Registry, infos: list[DomainInfo]) -> int:
+    """Destroy domains that a killed create left half built, and drop records without a domain.
+
+    Returns how many were reaped. Whatever is locked belongs to somebody alive and is left.
+    """
+    alive = {str(uuid_module.UUID(bytes=info.uuid)): info for info in infos}
+    suspects = []
+    for uuid in names.uuids():
+        record = names.read(uuid)
+        if record is None or record.state == registry.BUILDING or uuid not in alive:
+            suspects.append(uuid)
+    if not suspects and not names.has_stale_staging():
+        return 0
+    reaped = 0
+    with names.locked():
+        names.sweep()
+        for uuid in suspects:
+            reaped += _reap_one(host, names, uuid)
+    return reaped
+
+
+def _reap_one(host: Host, names: Registry, uuid: str) -> int:
+    with names.entry(uuid) as entry:
+        try:
+            if not entry.lock(wait=False):
+                return 0
+        except StateError:
+            return 0
+        record = names.read(uuid)
+        info = next(
+            (i for i in host.ctrl.domain_list() if str(uuid_module.UUID(bytes=i.uuid)) == uuid),
+            None,
+        )
+        if record is not None and record.state != registry.BUILDING and info is not None:
+            return 0
+        if info is not None and not info.dying:
+            host.ctrl.domain_destroy(info.domid)
+        names.forget(entry, record or registry.Record(uuid=uuid, name=""))
+        return 1
+
+
+def _join(info: DomainInfo, names: Registry) -> Domain:
+    if info.domid == 0:
+        return Domain(info, DOM0, None)
+    record = names.read(str(uuid_module.UUID(bytes=info.uuid)))
+    return Domain(info, record.name if record else UNNAMED, record)
+
+
+def _by_uuid(host: Host, names: Registry, uuid: str) -> DomainInfo | None:
+    wanted = uuid_module.UUID(uuid).bytes
+    record = names.read(uuid)
+    if record is not None and record.domid >= 0:
+        info = host.ctrl.domain_info(record.domid)
+        if info is not None and info.uuid == wanted:
+            return info
+    return next((info for info in host.ctrl.domain_list() if info.uuid == wanted), None)
+
+
+def _as_uuid(text: str) -> str | None:
+    try:
+        return str(uuid_module.UUID(text))
+    except ValueError:
+        return None

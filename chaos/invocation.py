@@ -1,0 +1,45 @@
+"""One run of a verb: its arguments, standard streams and working directory.
+
+A verb touches no global of the process, so that it runs the same in the command
+and in a daemon that serves a command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from chaos.host import Host
+    from chaos.registry import Registry
+
+
+@dataclass
+class Invocation:
+    """What a verb may use: ``args`` as parsed, streams, the directory that paths start from."""
+
+    args: Namespace
+    host: Host
+    names: Registry
+    directory: str = field(default_factory=os.getcwd)
+    stdin: TextIO = sys.stdin
+    stdout: TextIO = sys.stdout
+    stderr: TextIO = sys.stderr
+
+    def print(self, *lines: str) -> None:
+        """Write lines to the standard output."""
+        for line in lines:
+            self.stdout.write(line + "\n")
+
+    def print_json(self, value: Any) -> None:
+        """Write one JSON document to the standard output."""
+        self.stdout.write(json.dumps(value, indent=2) + "\n")
+
+    def warn(self, line: str) -> None:
+        """Write a warning to the standard error."""
+        self.stderr.write(f"chaos: warning: {line}\n")

@@ -1,0 +1,324 @@
+"""Names and records of domains, kept by the UUID that the hypervisor stores.
+
+::
+
+    /run/chaos/                     0700
+        lock                        flock: held for a rename or a reap, never for a create
+        names/<name>   -> <uuid>    symlink: made atomically, so one of two racing creates wins
+        domains/<uuid>/             flock: held by whoever builds or destroys the domain
+            domain.json             the record, written to a temporary name and renamed
+            console.log             what the console showed (chaos.console)
+
+A record whose directory nobody locks and whose domain the hypervisor does not
+know, or whose state is still "building", was left by a process that died: the
+next command reaps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from xenctypes.errors import StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Self
+
+RUN_DIR = "/run/chaos"
+BUILDING = "building"
+RUNNING = "running"
+FORMAT = 1
+STAGED = ".new-"
+
+
+@dataclass(slots=True)
+class Record:
+    """What the toolstack remembers of a domain; the hypervisor's own truth is never copied.
+
+    ``console_frame`` and ``store_frame`` are the machine frames of the console ring and the
+    device page (or XenStore ring), -1 before they are known. ``console_port`` and
+    ``store_port`` are event channels on the guest's side; 0 means none.
+    ``created`` is seconds since the epoch; ``ready_ms`` the time from unpause to the guest's
+    ready event, None until it was seen.
+    """
+
+    uuid: str
+    name: str
+    state: str = BUILDING
+    domid: int = -1
+    noxs: bool = False
+    console_frame: int = -1
+    console_port: int = 0
+    store_frame: int = -1
+    store_port: int = 0
+    created: float = 0.0
+    ready_ms: float | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The record as the text of domain.json."""
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Record:
+        """Read domain.json; StateError if it is not one of ours."""
+        try:
+            values = json.loads(text)
+            if values.pop("format") != FORMAT:
+                raise StateError("domain record of another version", hint="restart the domain")
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateError(f"damaged domain record: {error}") from error
+
+
+class Entry:
+    """One domain's directory, opened; hold the lock while the domain is built or destroyed."""
+
+    def __init__(self, registry: Registry, uuid: str) -> None:
+        self.uuid = uuid
+        self.path = f"{registry.path}/domains/{uuid}"
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def lock(self, *, wait: bool) -> bool:
+        """Take the domain's lock; False if another process holds it and ``wait`` is False.
+
+        Raises StateError if the directory is gone.
+        """
+        while True:
+            try:
+                fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                raise StateError(f"domain {self.uuid} is gone") from None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(fd)
+                return False
+            except BaseException:
+                os.close(fd)
+                raise
+            if os.fstat(fd).st_nlink:  # not removed while we waited
+                self._fd = fd
+                return True
+            os.close(fd)
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def write(self, record: Record) -> None:
+        """Store the record atomically."""
+        _write_atomically(f"{self.path}/domain.json", record.to_json())
+
+
+class Registry:
+    """The directory of names and records."""
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path or os.environ.get("CHAOS_RUN_DIR") or RUN_DIR
+
+    def prepare(self) -> None:
+        """Make the directories; StateError if that is not allowed."""
+        try:
+            for directory in (self.path, f"{self.path}/names", f"{self.path}/domains"):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(directory, 0o700)
+        except OSError as error:
+            raise StateError(
+                f"cannot use {self.path}: {error.strerror}", hint="run as root"
+            ) from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the registry's lock, for renames and reaps."""
+        fd = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def reserve(self, record: Record) -> Entry:
+        """Take the record's name and UUID for a domain about to be built.
+
+        Returns its entry, locked. Raises StateError if the name or the UUID is taken.
+        """
+        self.prepare()
+        directory = f"{self.path}/domains/{record.uuid}"
+        entry = self._stage(record)
+        try:
+            try:
+                os.rename(entry.path, directory)
+            except OSError as error:
+                if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+                    raise
+                raise StateError(
+                    f"a domain with UUID {record.uuid} exists already",
+                    hint="remove uuid= from the configuration to have one generated",
+                ) from None
+            entry.path = directory
+            self._link(record.name, record.uuid)
+        except BaseException:
+            _remove_directory(entry.path)
+            entry.close()
+            raise
+        return entry
+
+    def _stage(self, record: Record) -> Entry:
+        """A locked directory with the record in it, under a name that no reader looks at."""
+        entry = Entry(self, record.uuid)
+        entry.path = f"{self.path}/domains/{STAGED}{os.getpid()}-{record.uuid}"
+        os.mkdir(entry.path, 0o700)
+        try:
+            entry.lock(wait=True)
+            entry.write(record)
+        except BaseException:
+            _remove_directory(entry.path)
+            entry.close()
+            raise
+        return entry
+
+    def rename(self, entry: Entry, record: Record, name: str) -> None:
+        """Give a domain another name; StateError if that is taken. The caller holds its lock."""
+        old = record.name
+        self._link(name, record.uuid)
+        record.name = name
+        try:
+            entry.write(record)
+        except BaseException:
+            record.name = old
+            self._unlink(name, record.uuid)
+            raise
+        self._unlink(old, record.uuid)
+
+    def rekey(self, entry: Entry, record: Record, uuid: str, name: str) -> None:
+        """Give a domain another UUID and name, so that another can have those it had."""
+        os.rename(entry.path, f"{self.path}/domains/{uuid}")
+        self._unlink(record.name, record.uuid)
+        entry.path = f"{self.path}/domains/{uuid}"
+        entry.uuid = record.uuid = uuid
+        record.name = name
+        entry.write(record)
+        self._link(name, uuid)
+
+    def free_name(self, name: str) -> str:
+        """``name-1``, or with the first higher number that is free."""
+        number = 1
+        while self.uuid_of(f"{name}-{number}") is not None:
+            number += 1
+        return f"{name}-{number}"
+
+    def forget(self, entry: Entry, record: Record) -> None:
+        """Drop a domain's name and record; the caller holds its lock. Idempotent."""
+        self._unlink(record.name, record.uuid)
+        _remove_directory(entry.path)
+
+    def uuid_of(self, name: str) -> str | None:
+        """The UUID that owns ``name``, or None."""
+        try:
+            return os.readlink(self._name_path(name))
+        except OSError:
+            return None
+
+    def read(self, uuid: str) -> Record | None:
+        """The record of a UUID, or None if we have none."""
+        try:
+            with open(f"{self.path}/domains/{uuid}/domain.json", "rb") as file:
+                return Record.from_json(file.read())
+        except FileNotFoundError:
+            return None
+
+    def uuids(self) -> list[str]:
+        """All UUIDs that have a directory."""
+        return [name for name in self._listing() if not name.startswith(STAGED)]
+
+    def has_stale_staging(self) -> bool:
+        """Whether ``sweep`` would find something."""
+        return any(True for _ in self._stale_staging())
+
+    def sweep(self) -> None:
+        """Remove staged directories whose maker died; the caller holds the registry's lock."""
+        for name in self._stale_staging():
+            _remove_directory(f"{self.path}/domains/{name}")
+
+    def _stale_staging(self) -> Iterator[str]:
+        for name in self._listing():
+            if name.startswith(STAGED):
+                pid = name.removeprefix(STAGED).partition("-")[0]
+                if not os.path.exists(f"/proc/{pid}"):
+                    yield name
+
+    def _listing(self) -> list[str]:
+        try:
+            return os.listdir(f"{self.path}/domains")
+        except FileNotFoundError:
+            return []
+
+    def entry(self, uuid: str) -> Entry:
+        """The entry of a UUID, not locked."""
+        return Entry(self, uuid)
+
+    def _link(self, name: str, uuid: str) -> None:
+        try:
+            os.symlink(uuid, self._name_path(name))
+        except FileExistsError:
+            owner = self.uuid_of(name)
+            if owner == uuid:
+                return
+            raise StateError(
+                f'a domain named "{name}" exists already',
+                hint=f"choose another name, or chaos destroy {name}",
+            ) from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise StateError(f'the name "{name[:32]}..." is too long') from None
+
+    def _unlink(self, name: str, uuid: str) -> None:
+        if self.uuid_of(name) == uuid:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._name_path(name))
+
+    def _name_path(self, name: str) -> str:
+        # A name holds no slash (chaos.config); a leading dot is kept from meaning a directory.
+        return f"{self.path}/names/={name}"
+
+
+def _write_atomically(path: str, text: str) -> None:
+    temporary = f"{path}.new"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.rename(temporary, path)
+
+
+def _remove_directory(path: str) -> None:
+    """Remove a domain's directory and the files in it; a missing one is fine."""
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        return
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{path}/{name}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)

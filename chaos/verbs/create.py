@@ -1,0 +1,196 @@
+"""create: from a configuration file to a running domain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from chaos import config as configuration
+from chaos.builder import Builder
+from chaos.console import Console
+from chaos.create import CREATE_STEPS, UNPAUSED_STEPS, Creation, profile_json, wait_ready
+from chaos.foreground import stay
+from chaos.progress import progress
+from chaos.terminal import attach
+from xenctypes.errors import UsageError
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+    from chaos.config import DomainConfig
+    from chaos.invocation import Invocation
+
+READY_TIMEOUT = 10.0
+
+
+def configure(parser: ArgumentParser, name: str) -> None:
+    """Add the options."""
+    del name
+    parser.add_argument("config", nargs="?", help="the configuration file, in xl.cfg(5) syntax")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that override the file's"
+    )
+    parser.add_argument("-f", "--defconfig", metavar="FILE", help="the configuration file")
+    parser.add_argument("-p", "--paused", action="store_true", help="leave the domain paused")
+    parser.add_argument("-c", "--console", action="store_true", help="attach to the console")
+    parser.add_argument(
+        "-F",
+        "--foreground",
+        action="store_true",
+        help="stay until the domain is dead, obeying on_poweroff, on_reboot and on_crash",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument(
+        "-n", "--dryrun", action="store_true", help="check the configuration, print it as JSON"
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help="create N domains; {n} in the name is the number, else -1 to -N is appended",
+    )
+    parser.add_argument("--profile", action="store_true", help="print how long each step took")
+    parser.add_argument("--json", action="store_true", help="print what was made as JSON")
+    parser.add_argument(
+        "--ready-timeout",
+        type=float,
+        default=READY_TIMEOUT,
+        metavar="S",
+        help="how long --profile and --json wait for the ready event (default %(default)s s)",
+    )
+
+
+def run(call: Invocation) -> int:
+    """Create what the command line asks for."""
+    args = call.args
+    configs = _configs(call)
+    if args.dryrun:
+        shown = [config.as_dict() for config in configs]
+        call.print_json(shown if args.count else shown[0])
+        return 0
+    made: list[Creation] = []
+    with Builder() as builder:
+        try:
+            with progress(call.stderr, "creating", len(configs), quiet=args.quiet) as advance:
+                for config in configs:
+                    made.append(_create(call, builder, config))
+                    advance()
+        except BaseException:
+            for creation in reversed(made):  # all or nothing
+                creation.undo()
+            raise
+        if args.foreground:
+            return stay(call, builder, made[0])
+    return 0 if args.console else _report(call, made)
+
+
+def _configs(call: Invocation) -> list[DomainConfig]:
+    """The configurations to create, checked; warnings are printed."""
+    args = call.args
+    path, overrides = _sources(args)
+    config, warnings = configuration.load(path, overrides)
+    if not args.quiet:
+        for warning in warnings:
+            call.warn(warning)
+    if not args.count:
+        configuration.supported(config)
+        return [config]
+    configs = [replace(config, name=_numbered(config.name, n)) for n in range(1, args.count + 1)]
+    for one in configs:
+        configuration.supported(one)
+    return configs
+
+
+def _sources(args: Namespace) -> tuple[str, list[str]]:
+    """The file and the overrides, the combination of options checked."""
+    path, overrides = args.config, list(args.overrides)
+    if args.defconfig:
+        if path is not None:
+            overrides.insert(0, path)
+        path = args.defconfig
+    problem = ""
+    if path is None:
+        problem = "no configuration file"
+    elif args.count is not None and args.count < 1:
+        problem = "--count needs a number of at least 1"
+    elif args.count and (args.console or args.foreground):
+        problem = "--count goes with neither --console nor --foreground"
+    elif args.console and (args.json or args.foreground):
+        problem = "--console goes with neither --json nor --foreground"
+    if problem:
+        raise UsageError(f"chaos create: {problem}", hint="see chaos create --help")
+    return path, overrides
+
+
+def _numbered(name: str, n: int) -> str:
+    return name.replace("{n}", str(n)) if "{n}" in name else f"{name}-{n}"
+
+
+def _create(call: Invocation, builder: Builder, config: DomainConfig) -> Creation:
+    args = call.args
+    creation = Creation(config, call.host, builder, call.names)
+    try:
+        creation.run(UNPAUSED_STEPS if args.paused or args.console else CREATE_STEPS)
+        if args.console:
+            _console(call, creation, start=not args.paused)
+        elif (args.profile or args.json) and not args.paused:
+            wait_ready(creation, args.ready_timeout)
+    except BaseException:
+        if creation.domid >= 0 and not args.console:
+            creation.undo()
+        raise
+    finally:
+        creation.close()
+    return creation
+
+
+def _console(call: Invocation, creation: Creation, *, start: bool) -> None:
+    assert creation.record is not None
+    with Console(call.host, call.names, creation.record) as console:
+        if start:
+            creation.run(CREATE_STEPS[len(UNPAUSED_STEPS) :])
+        attach(call, console)
+
+
+def _report(call: Invocation, made: list[Creation]) -> int:
+    args = call.args
+    if args.json:
+        described = [_describe(creation) for creation in made]
+        call.print_json(described if args.count else described[0])
+    elif args.profile:
+        for creation in made:
+            call.print(*_profile_lines(creation))
+    elif not args.quiet:
+        for creation in made:
+            call.print(f"created {creation.config.name}, domain {creation.domid}")
+    return 0
+
+
+def _describe(creation: Creation) -> dict[str, Any]:
+    return {
+        "name": creation.config.name,
+        "domid": creation.domid,
+        "uuid": str(creation.uuid),
+        "type": creation.config.type,
+        "memory_mib": creation.config.memory,
+        "vcpus": creation.config.vcpus,
+        "noxs": creation.noxs,
+        "paused": not creation.unpaused_ns,
+        "profile": profile_json(creation),
+    }
+
+
+def _profile_lines(creation: Creation) -> list[str]:
+    profile = profile_json(creation)
+    lines = [f"{creation.config.name}, domain {creation.domid}"]
+    lines += [
+        f"  {step['phase']:8} {step['name']:<16} {step['ms']:9.3f} ms  {step['category']}"
+        for step in profile["steps"]
+    ]
+    lines.append(f"  {'':8} {'create':<16} {profile['create_ms']:9.3f} ms")
+    ready = profile["ready_ms"]
+    if ready is not None:
+        lines.append(f"  {'':8} {'unpause to ready':<16} {ready:9.3f} ms")
+    elif creation.unpaused_ns:
+        lines.append(f"  {'':8} {'unpause to ready':<16} {'none':>9}     no ready event came")
+    return lines

@@ -1,0 +1,400 @@
+"""Creates on the real hypervisor: what they make, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from chaos import config as configuration
+from chaos.builder import Builder
+from chaos.create import CREATE_STEPS, Creation, wait_ready
+from chaos.domains import find, list_domains
+from chaos.host import Host
+from chaos.registry import Registry
+from xenctypes.errors import ChaosError, StateError, StepError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from chaos.config import DomainConfig
+
+HELLO = "examples/hello.cfg"
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with Host() as opened:
+        yield opened
+
+
+@pytest.fixture
+def builder() -> Iterator[Builder]:
+    with Builder() as process:
+        yield process
+
+
+def hello(*overrides: str) -> DomainConfig:
+    return configuration.load(HELLO, list(overrides))[0]
+
+
+class Footprint:
+    """What the host holds: a create and destroy must give all of it back."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.before = self.measure()
+
+    def measure(self) -> dict[str, int]:
+        ctrl = self.host.ctrl
+        return {
+            "domains": len(ctrl.domain_list()),
+            "free pages": ctrl.physinfo().free_pages,
+            "event channels of Dom0": ctrl.count_evtchns(0),
+            "descriptors": len(os.listdir("/proc/self/fd")),
+            "maps": sum(1 for line in open("/proc/self/maps") if "xen/" in line),
+            "records": len(os.listdir("/run/chaos/domains")),
+            "names": len(os.listdir("/run/chaos/names")),
+        }
+
+    def settled(self) -> None:
+        """The hypervisor frees a domain's last pages after a grace period: wait for that."""
+        deadline = time.monotonic() + 20
+        while (now := self.measure()) != self.before:
+            assert time.monotonic() < deadline, {
+                key: (self.before[key], value)
+                for key, value in now.items()
+                if value != self.before[key]
+            }
+            os.sched_yield()
+
+
+@pytest.fixture
+def footprint(host: Host) -> Iterator[Footprint]:
+    Registry().prepare()
+    with Builder() as warm:  # what the first create loads and keeps is no leak
+        Creation(hello(), host, warm, Registry()).run().undo()
+    measured = Footprint(host)
+    yield measured
+    measured.settled()
+
+
+def chaos(*argv: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        ["chaos", *argv], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_hello_says_hello_and_becomes_ready(host: Host, footprint: Footprint) -> None:
+    made = json.loads(chaos("create", HELLO, "--json").stdout)
+    try:
+        assert made["name"] == "hello"
+        assert made["noxs"]
+        assert made["profile"]["ready_ms"] > 0
+        assert [step["name"] for step in made["profile"]["steps"]] == [s.name for s in CREATE_STEPS]
+        assert chaos("wait", "hello").returncode == 0
+        said = chaos("console", "hello", stdin=subprocess.DEVNULL).stdout
+        assert "Hello" in said
+        # Attaching again shows what was shown before.
+        assert chaos("console", "hello", stdin=subprocess.DEVNULL).stdout == said
+        listed = {d["name"]: d for d in json.loads(chaos("list", "--json").stdout)}
+        assert listed["hello"]["uuid"] == made["uuid"]
+        assert listed["hello"]["state"] == "-b----"
+        assert chaos("domid", "hello").stdout == f"{made['domid']}\n"
+        assert chaos("domname", str(made["domid"])).stdout == "hello\n"
+    finally:
+        chaos("destroy", "hello")
+    assert "hello" not in chaos("list").stdout
+
+
+@pytest.mark.parametrize("victim", [step.name for step in CREATE_STEPS])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_a_failure_at_any_step_leaves_nothing(
+    host: Host, builder: Builder, footprint: Footprint, victim: str, late: bool
+) -> None:
+    def fail(do: Callable[[Creation], None]) -> Callable[[Creation], None]:
+        def step(creation: Creation) -> None:
+            if late:
+                do(creation)
+            raise StateError("made to fail")
+
+        return step
+
+    steps = [
+        step._replace(do=fail(step.do)) if step.name == victim else step for step in CREATE_STEPS
+    ]
+    creation = Creation(hello(), host, builder, Registry())
+    with pytest.raises(StepError, match="made to fail") as caught:
+        creation.run(steps)
+    assert caught.value.step == victim
+    assert not getattr(caught.value, "__notes__", None)
+    footprint.settled()
+
+
+def test_a_hundred_creates_leak_nothing(host: Host, builder: Builder, footprint: Footprint) -> None:
+    for _ in range(100):
+        creation = Creation(hello(), host, builder, Registry()).run()
+        assert wait_ready(creation, 10.0) is not None
+        assert creation.undo() == []
+    footprint.settled()
+
+
+def test_a_name_is_taken_once(host: Host, footprint: Footprint) -> None:
+    chaos("create", "-q", HELLO)
+    try:
+        second = chaos("create", HELLO, check=False)
+        assert second.returncode == 1
+        assert 'a domain named "hello" exists already' in second.stderr
+        assert second.stderr.count("\n") == 1
+        assert len(list_domains(host, Registry())) == 2
+    finally:
+        chaos("destroy", "hello")
+
+
+def test_of_two_racing_creates_one_wins(footprint: Footprint) -> None:
+    for _ in range(5):
+        racers = [
+            subprocess.Popen(["chaos", "create", "-q", HELLO], stderr=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        said = [racer.communicate(timeout=60)[1] for racer in racers]
+        codes = sorted(racer.returncode for racer in racers)
+        chaos("destroy", "hello")
+        assert codes == [0, 1], said
+        assert any("exists already" in text for text in said)
+
+
+def test_a_killed_create_is_reaped(host: Host, footprint: Footprint) -> None:
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        steps = list(CREATE_STEPS)
+
+        def hang(_: Creation) -> None:
+            os.write(write, b"x")
+            signal.pause()
+
+        steps[6] = steps[6]._replace(do=hang)
+        with Host() as own, Builder() as process:
+            Creation(hello(), own, process, Registry()).run(steps)
+        os._exit(1)
+    os.close(write)
+    assert os.read(read, 1) == b"x"
+    os.close(read)
+    names = [d.name for d in list_domains(host, Registry())]
+    assert names == ["Domain-0", "hello"]  # alive: nobody reaps it
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert [d.name for d in list_domains(host, Registry())] == ["Domain-0"]
+
+
+def test_an_interrupted_create_undoes(footprint: Footprint) -> None:
+    process = subprocess.Popen(
+        ["chaos", "create", HELLO, "--count", "50"], stderr=subprocess.PIPE, text=True
+    )
+    with Host() as host:
+        while len(host.ctrl.domain_list()) < 5:
+            assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    with Host() as host:
+        assert len(host.ctrl.domain_list()) == 1
+
+
+def test_count_names_and_all_or_nothing(host: Host, footprint: Footprint) -> None:
+    chaos("create", "-q", HELLO, "--count", "3", 'name="fw-{n}"')
+    try:
+        names = {d.name for d in list_domains(host, Registry())}
+        assert names == {"Domain-0", "fw-1", "fw-2", "fw-3"}
+        chaos("destroy", "fw-1")
+        clash = chaos("create", HELLO, "--count", "3", 'name="fw-{n}"', check=False)
+        assert clash.returncode == 1
+        assert {d.name for d in list_domains(host, Registry())} == {"Domain-0", "fw-2", "fw-3"}
+    finally:
+        chaos("destroy", "--all")
+
+
+def test_paused_then_unpaused(host: Host, footprint: Footprint) -> None:
+    chaos("create", "-p", "-q", HELLO)
+    try:
+        assert find(host, Registry(), "hello").info.paused
+        waited = chaos("wait", "hello", "--timeout", "0.5", check=False)
+        assert waited.returncode == 124
+        chaos("unpause", "hello")
+        chaos("wait", "hello", "--timeout", "30")
+        chaos("pause", "hello")
+        assert find(host, Registry(), "hello").info.paused
+    finally:
+        chaos("destroy", "hello")
+
+
+def test_rename(host: Host, footprint: Footprint) -> None:
+    chaos("create", "-q", HELLO)
+    try:
+        chaos("rename", "hello", "ciao")
+        assert find(host, Registry(), "ciao").name == "ciao"
+        with pytest.raises(StateError, match='no domain "hello"'):
+            find(host, Registry(), "hello")
+        assert chaos("rename", "ciao", "a/b", check=False).returncode == 2
+    finally:
+        chaos("destroy", "ciao")
+
+
+def test_foreground_obeys_the_actions(host: Host, footprint: Footprint) -> None:
+    def extra(words: str) -> str:
+        return f'extra="{words}"'
+
+    done = chaos("create", "-F", HELLO, extra("poweroff"))
+    assert "poweroff, destroy" in done.stdout
+    done = chaos("create", "-F", HELLO, extra("crash"), 'on_crash="preserve"')
+    assert "crash, preserve" in done.stdout
+    try:
+        dead = json.loads(chaos("list", "--json", "hello").stdout)[0]
+        assert dead["shutdown_reason"] == "crash"
+        assert dead["state"][3:5] == "sc"
+        assert chaos("wait", "hello", check=False).returncode in {0, 3}
+        assert chaos("wait", "--dead", "hello").returncode == 0
+    finally:
+        chaos("destroy", "hello")
+
+
+def test_foreground_restarts_until_interrupted(host: Host, footprint: Footprint) -> None:
+    process = subprocess.Popen(
+        ["chaos", "create", "-F", HELLO, 'extra="reboot"', 'on_reboot="restart"'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for _ in range(2):
+        assert select.select([process.stdout], [], [], 60)[0]
+        assert "reboot, restart" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "empty"),
+        (b"#!/bin/sh\necho hello\n", "script"),
+        (b"\x7fELF" + b"\0" * 100, "not a bootable image"),
+        (os.urandom(5000), "not a bootable image"),
+    ],
+    ids=["empty", "script", "bad elf", "noise"],
+)
+def test_a_bad_image_is_named(
+    footprint: Footprint, tmp_path: Path, content: bytes, why: str
+) -> None:
+    path = tmp_path / "kernel"
+    path.write_bytes(content)
+    failed = chaos("create", HELLO, f'kernel="{path}"', check=False)
+    assert failed.returncode == 1
+    assert why in failed.stderr
+    assert failed.stderr.count("\n") == 1
+
+
+def test_mangled_images_never_harm_the_host(
+    host: Host, footprint: Footprint, tmp_path: Path
+) -> None:
+    """Each create of a mangled ELF ends in a domain or in one error; the next good one works."""
+    good = Path("guests/build/hello.elf").read_bytes()
+    path = tmp_path / "kernel"
+    for seed in range(60):
+        mangled = bytearray(good)
+        for n in range(4):
+            at = (seed * 2654435761 + n * 40503) % min(len(mangled), 1024)
+            mangled[at] ^= 1 << (seed + n) % 8
+        path.write_bytes(mangled)
+        with Builder() as builder:
+            creation = Creation(hello(f'kernel="{path}"'), host, builder, Registry())
+            try:
+                creation.run(CREATE_STEPS[:-1])
+            except ChaosError:
+                continue
+            assert creation.undo() == []
+    footprint.settled()
+    chaos("create", "-q", HELLO)
+    chaos("destroy", "hello")
+
+
+def test_a_builder_that_dies_fails_one_create(host: Host, footprint: Footprint) -> None:
+    with Builder() as builder:
+
+        def kill(_: Creation) -> None:
+            os.kill(builder.pid, signal.SIGSEGV)
+
+        steps = list(CREATE_STEPS)
+        at = [step.name for step in steps].index("load image")
+        steps.insert(at, steps[at]._replace(name="kill", do=kill, undo=None))
+        with pytest.raises(StepError, match="SIGSEGV"):
+            Creation(hello(), host, builder, Registry()).run(steps)
+        assert not builder.alive
+    footprint.settled()
+
+
+def test_too_much_memory_is_refused_clearly(host: Host, footprint: Footprint) -> None:
+    free = host.ctrl.physinfo().free_pages >> 8
+    failed = chaos("create", HELLO, f"memory={free + 100}", check=False)
+    assert failed.returncode == 1
+    assert "not enough memory" in failed.stderr
+    assert failed.stderr.count("\n") == 1
+
+
+def test_a_linux_kernel_boots_to_userland(host: Host, footprint: Footprint, tmp_path: Path) -> None:
+    """Debian's own kernel with a busybox initramfs, console only."""
+    root = tmp_path / "root"
+    (root / "bin").mkdir(parents=True)
+    subprocess.run(["cp", "/bin/busybox", root / "bin/busybox"], check=True)
+    init = root / "init"
+    init.write_text("#!/bin/busybox sh\necho userland-reached\n/bin/busybox poweroff -f\n")
+    init.chmod(0o755)
+    ramdisk = tmp_path / "initramfs"
+    listing = "\n".join(str(p.relative_to(root)) for p in root.rglob("*")) + "\n"
+    with ramdisk.open("wb") as out:
+        subprocess.run(
+            ["/bin/busybox", "cpio", "-o", "-H", "newc"],
+            input=listing.encode(),
+            stdout=out,
+            cwd=root,
+            check=True,
+        )
+    cfg = tmp_path / "linux.cfg"
+    cfg.write_text(
+        'name = "linux"\ntype = "pv"\nmemory = 256\n'
+        f'kernel = "/boot/vmlinuz-{os.uname().release}"\nramdisk = "{ramdisk}"\n'
+        'extra = "console=hvc0"\non_poweroff = "preserve"\n'
+    )
+    console = chaos("create", "-c", str(cfg), stdin=subprocess.PIPE)
+    assert "userland-reached" in console.stdout
+    chaos("wait", "--dead", "linux", "--timeout", "60")
+    chaos("destroy", "linux")
+
+
+def test_verbs_name_what_is_unknown() -> None:
+    for verb in ("destroy", "pause", "unpause", "console", "wait", "domid", "domname"):
+        failed = chaos(verb, "nobody", check=False)
+        assert failed.returncode == 1
+        assert 'no domain "nobody"' in failed.stderr
+    assert chaos("destroy", "0", check=False).returncode == 1
+    assert "did you mean create?" in chaos("creat", check=False).stderr
+
+
+def test_info_agrees_with_the_kernel() -> None:
+    facts = json.loads(chaos("info", "--json").stdout)
+    with open("/sys/hypervisor/version/minor") as file:
+        assert facts["xen_minor"] == int(file.read())
+    assert 0 < facts["free_memory"] < facts["total_memory"]

@@ -1,0 +1,148 @@
+"""Names and records on disk."""
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from chaos.registry import RUNNING, Record, Registry
+from xenctypes.errors import StateError
+
+A = "00000000-0000-4000-8000-00000000000a"
+B = "00000000-0000-4000-8000-00000000000b"
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Registry:
+    return Registry(str(tmp_path / "run"))
+
+
+def test_a_record_survives(names: Registry) -> None:
+    record = Record(A, "web", domid=7, config={"memory": 4})
+    with names.reserve(record) as entry:
+        record.state = RUNNING
+        entry.write(record)
+    assert names.uuid_of("web") == A
+    assert names.read(A) == record
+    assert names.uuids() == [A]
+    assert os.stat(names.path).st_mode & 0o777 == 0o700
+
+
+def test_a_taken_name_or_uuid_is_refused_and_leaves_nothing(names: Registry) -> None:
+    names.reserve(Record(A, "web")).close()
+    with pytest.raises(StateError, match='"web" exists already'):
+        names.reserve(Record(B, "web"))
+    with pytest.raises(StateError, match="UUID"):
+        names.reserve(Record(A, "other"))
+    assert names.uuids() == [A]
+    assert names.uuid_of("other") is None
+    assert os.listdir(f"{names.path}/domains") == [A]
+
+
+def test_rename_frees_the_old_name(names: Registry) -> None:
+    record = Record(A, "old")
+    with names.reserve(record) as entry:
+        names.rename(entry, record, "new")
+    assert names.uuid_of("old") is None
+    assert names.uuid_of("new") == A
+    assert names.read(A) == record
+
+
+def test_rename_to_a_taken_name_changes_nothing(names: Registry) -> None:
+    names.reserve(Record(B, "taken")).close()
+    record = Record(A, "old")
+    with names.reserve(record) as entry, pytest.raises(StateError, match="taken"):
+        names.rename(entry, record, "taken")
+    assert names.uuid_of("old") == A
+    assert names.uuid_of("taken") == B
+
+
+def test_rekey_makes_room_for_a_successor(names: Registry) -> None:
+    record = Record(A, "web")
+    with names.reserve(record) as entry:
+        names.rekey(entry, record, B, names.free_name("web"))
+    assert names.uuid_of("web") is None
+    assert names.uuid_of("web-1") == B
+    names.reserve(Record(A, "web")).close()
+    assert sorted(names.uuids()) == [A, B]
+
+
+def test_forget_is_idempotent_and_spares_a_successor_of_the_name(names: Registry) -> None:
+    record = Record(A, "web")
+    with names.reserve(record) as entry:
+        names.forget(entry, record)
+        names.forget(entry, record)
+    names.reserve(Record(B, "web")).close()
+    with names.entry(A) as entry:
+        names.forget(entry, record)
+    assert names.uuid_of("web") == B
+
+
+def test_the_lock_of_an_entry_excludes(names: Registry) -> None:
+    with names.reserve(Record(A, "web")), names.entry(A) as other:
+        assert not other.lock(wait=False)
+    with names.entry(A) as other:
+        assert other.lock(wait=False)
+
+
+def test_a_lock_on_a_forgotten_entry_says_so(names: Registry) -> None:
+    with names.entry(A) as entry, pytest.raises(StateError, match="gone"):
+        entry.lock(wait=True)
+
+
+def test_a_damaged_record_is_an_error_of_ours() -> None:
+    for text in ("", "{", "[]", '{"format": 1}', '{"format": 2, "uuid": "x", "name": "y"}'):
+        with pytest.raises(StateError):
+            Record.from_json(text)
+
+
+def test_what_a_killed_maker_left_is_swept(names: Registry) -> None:
+    names.prepare()
+    child = multiprocessing.get_context("fork").Process(target=lambda: None)
+    child.start()
+    pid = child.pid
+    child.join()
+    stale = Path(names.path, "domains", f".new-{pid}-{A}")
+    stale.mkdir()
+    (stale / "domain.json").touch()
+    mine = Path(names.path, "domains", f".new-{os.getpid()}-{B}")
+    mine.mkdir()
+    assert names.has_stale_staging()
+    names.sweep()
+    assert not stale.exists()
+    assert mine.exists()
+    assert names.uuids() == []
+
+
+def _race(path: str, uuid: str, start: "multiprocessing.synchronize.Barrier", out: object) -> None:
+    names = Registry(path)
+    start.wait()
+    try:
+        names.reserve(Record(uuid, "prize")).close()
+        out.put(uuid)  # type: ignore[attr-defined]
+    except StateError:
+        out.put(None)  # type: ignore[attr-defined]
+
+
+def test_of_racing_creates_one_wins(names: Registry) -> None:
+    context = multiprocessing.get_context("fork")
+    names.prepare()
+    for round_ in range(20):
+        barrier, out = context.Barrier(4), context.SimpleQueue()
+        uuids = [f"{round_:08}-0000-4000-8000-{n:012}" for n in range(4)]
+        racers = [
+            context.Process(target=_race, args=(names.path, uuid, barrier, out)) for uuid in uuids
+        ]
+        for racer in racers:
+            racer.start()
+        winners = [uuid for uuid in (out.get() for _ in racers) if uuid]
+        for racer in racers:
+            racer.join()
+        assert len(winners) == 1
+        assert names.uuid_of("prize") == winners[0]
+        assert names.uuids() == winners
+        record = names.read(winners[0])
+        assert record is not None
+        with names.entry(winners[0]) as entry:
+            names.forget(entry, record)
