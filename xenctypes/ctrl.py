@@ -22,7 +22,6 @@ from ctypes import (
 from xenctypes import public, structs
 from xenctypes.errors import CallFailed
 from xenctypes.handle import EINVAL, Handle
-from xenctypes.host import PhysInfo, XenVersion
 from xenctypes.loader import installed, load, open_handle
 from xenctypes.record import Record
 from xenctypes.releases import running
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
+    from xenctypes.host import PhysInfo, XenVersion
     from xenctypes.releases import Release
 
 ESRCH = 3
@@ -519,6 +519,8 @@ class Xenctrl(Handle):
 
     def physinfo(self) -> PhysInfo:
         """The host's processors and memory."""
+        from xenctypes.host import PhysInfo
+
         raw = structs.xen_sysctl_physinfo()
         self._lib.xc_physinfo(self.raw, byref(raw))
         return PhysInfo(raw)
@@ -562,6 +564,8 @@ class Xenctrl(Handle):
 
     def xen_version(self) -> XenVersion:
         """The hypervisor's release and how it was built and started."""
+        from xenctypes.host import XenVersion
+
         number = self._lib.xc_version(self.raw, public.XENVER_version, None)
         build = structs.xen_compile_info()
         self._lib.xc_version(self.raw, public.XENVER_compile_info, byref(build))

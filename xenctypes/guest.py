@@ -48,6 +48,7 @@ DOM_IMAGE: dict[str, tuple[int, Any]] = {
     "console_pfn": (384, c_uint64),
     "xenstore_pfn": (392, c_uint64),
     "shared_info_pfn": (400, c_uint64),
+    "bootstack_pfn": (408, c_uint64),
     "pfn_alloc_end": (416, c_uint64),
     "virt_alloc_end": (424, c_uint64),
     "pv_p2m": (480, c_void_p),
@@ -122,6 +123,7 @@ class DomBuilder(Handle):
     xenstore_pfn = _Field("xenstore_pfn")
     shared_info_pfn = _Field("shared_info_pfn")
     shared_info_mfn = _Field("shared_info_mfn")
+    bootstack_pfn = _Field("bootstack_pfn")
     pfn_alloc_end = _Field("pfn_alloc_end")
     virt_alloc_end = _Field("virt_alloc_end")
     total_pages = _Field("total_pages")
