@@ -1,0 +1,163 @@
+"""One store view: a tree, the connections that use it and their watches; no I/O.
+
+``requests.handle`` answers one request on a view: it appends the encoded reply and the events it
+causes to the ``out`` lists of the connections concerned, which are added to ``touched``; whoever
+owns the transport takes them from there. Equal sequences of requests give equal outputs: noxsd's
+journal rests on that.
+"""
+
+from collections.abc import Callable, Sequence
+
+from noxs.tree import Caller, Change, Quota, Transaction, Tree
+from noxs.wire import (
+    HEADER,
+    PAYLOAD_MAX,
+    PERM_READ,
+    WATCH_EVENT,
+    StoreError,
+    canonical,
+    parent,
+)
+
+
+class Watch:
+    """A registered watch; ``skip`` bytes of an event's path are left out for a relative one."""
+
+    __slots__ = ("conn", "order", "path", "skip", "token")
+
+    def __init__(self, conn: "Connection", path: bytes, token: bytes, skip: int) -> None:
+        self.conn = conn
+        self.path = path
+        self.token = token
+        self.skip = skip
+        self.order = (0, 0)
+
+
+class Connection(Caller):
+    """One client: a domain's ring or a socket. ``out`` holds encoded messages to be sent.
+
+    ``ident`` is the server's number for it, ``base`` what relative paths start from.
+    """
+
+    __slots__ = ("base", "ident", "next_tx", "out", "transactions", "watches")
+
+    def __init__(
+        self, ident: int, domid: int = 0, *, privileged: bool = True, quota: Quota | None = None
+    ) -> None:
+        super().__init__(domid, privileged=privileged, quota=quota)
+        self.ident = ident
+        self.base = b"/local/domain/%d" % domid
+        self.out: list[bytes] = []
+        self.watches: dict[tuple[bytes, bytes], Watch] = {}
+        self.transactions: dict[int, Transaction] = {}
+        self.next_tx = 1
+
+
+class Store:
+    """One store view and everything that is connected to it."""
+
+    def __init__(self, log: Callable[[str], None] = lambda _message: None) -> None:
+        self.tree = Tree()
+        self.connections: dict[int, Connection] = {}
+        self.touched: set[Connection] = set()
+        self.introduced: set[int] = {0}
+        self.watches: dict[bytes, list[Watch]] = {}
+        self.watch_count = 0
+        self.log = log
+
+    def connect(self, conn: Connection) -> None:
+        """Add a connection; its ``ident`` must not be in use."""
+        assert conn.ident not in self.connections
+        self.connections[conn.ident] = conn
+
+    def disconnect(self, conn: Connection) -> None:
+        """Forget a connection with its watches, transactions and unsent output."""
+        self.reset(conn)
+        conn.out = []
+        self.touched.discard(conn)
+        del self.connections[conn.ident]
+
+    def reset(self, conn: Connection) -> None:
+        """Drop a connection's watches and transactions (RESET_WATCHES)."""
+        for watch in conn.watches.values():
+            self.drop_watch(watch)
+        conn.watches.clear()
+        for tx in conn.transactions.values():
+            self.tree.abort(tx)
+        conn.transactions.clear()
+
+    # Watches
+
+    def add_watch(self, conn: Connection, path: bytes, token: bytes) -> Watch:
+        """Register a watch; ``path`` as the client sent it. EINVAL, EEXIST, ENOSPC."""
+        full = canonical(path, conn.base, special=True)
+        if (full, token) in conn.watches:
+            raise StoreError(b"EEXIST")
+        if not conn.privileged and len(conn.watches) >= conn.quota.watches:
+            raise StoreError(b"ENOSPC")
+        watch = Watch(conn, full, token, len(full) - len(path))
+        self.watch_count += 1
+        watch.order = (conn.ident, self.watch_count)
+        conn.watches[full, token] = watch
+        self.watches.setdefault(full, []).append(watch)
+        return watch
+
+    def drop_watch(self, watch: Watch) -> None:
+        """Take a watch out of the index; its connection's table is the caller's business."""
+        others = self.watches[watch.path]
+        others.remove(watch)
+        if not others:
+            del self.watches[watch.path]
+
+    def emit(self, watch: Watch, path: bytes) -> None:
+        """Send one event, unless it is longer than a message may be."""
+        body = b"%s\0%s\0" % (path[watch.skip :], watch.token)
+        if len(body) <= PAYLOAD_MAX:
+            watch.conn.out.append(HEADER.pack(WATCH_EVENT, 0, 0, len(body)) + body)
+            self.touched.add(watch.conn)
+
+    def fire(self, path: bytes, *, exact: bool = False, among: Sequence[Change] = ()) -> None:
+        """Send the events for one change: to watches of the path and, unless exact, above it.
+
+        ``among`` are the changes announced together, this one included: they tell what a watcher
+        was allowed to see before.
+        """
+        watches = self.watches
+        found = watches.get(path, [])
+        if not exact and path[0] == 0x2F:
+            above = path
+            while len(above) > 1:
+                above = above[: above.rfind(b"/")] or b"/"
+                if above in watches:
+                    found = found + watches[above]
+        if len(found) > 1:
+            found = sorted(found, key=_order)
+        for watch in found:
+            if watch.conn.privileged or self._may_see(watch.conn, path, among):
+                self.emit(watch, path)
+
+    def _may_see(self, who: Caller, path: bytes, among: Sequence[Change]) -> bool:
+        """Whether a watcher may learn of a change (watch_permitted() in watch.c)."""
+        gone = {name: node for name, _, node, _ in among}
+        for name, _, _, before in among:
+            if name == path and before and who.rights(before) & PERM_READ:
+                return True
+        for name in (path, parent(path)):
+            node = self.tree.nodes.get(name) or gone.get(name)
+            if node is None:
+                return False
+            if who.rights(node.perms) & PERM_READ:
+                return True
+        return False
+
+    def announce(self, tx: Transaction | None, changes: Sequence[Change]) -> None:
+        """Send the events for several changes, or keep them for the commit."""
+        for path, exact, _, _ in changes:
+            if tx is None:
+                self.fire(path, exact=exact, among=changes)
+            else:
+                tx.note(path, exact=exact)
+
+
+def _order(watch: Watch) -> tuple[int, int]:
+    return watch.order
