@@ -11,11 +11,7 @@ from __future__ import annotations
 
 # Names, why a guest cannot do without, values that ask for nothing.
 _REFUSED = (
-    (
-        "pci dtdev usbctrl usbdev ioports iomem irqs",
-        "chaos passes no host hardware through",
-        "",
-    ),
+    ("pci dtdev usbctrl usbdev ioports iomem irqs", "chaos passes no host hardware through", ""),
     ("passthrough", "chaos passes no host hardware through", "disabled default"),
     ("vtpm p9 pvcalls channel vsnd vdispl vkb virtio", "chaos has no such device", ""),
     ("vfb vnc", "chaos gives guests no frame buffer", ""),
@@ -24,6 +20,7 @@ _REFUSED = (
     ("pvshim", "chaos runs no PV guest inside PVH", ""),
     ("pool", "chaos has no CPU pools, the domain would run in another one", "Pool-0"),
     ("cap", "chaos sets no scheduler limits, the domain would not be held to it", ""),
+    ("nestedhvm altp2m", "chaos gives guests no hardware virtualisation of their own", "disabled"),
     ("vnuma", "chaos gives guests no virtual NUMA", ""),
     ("llc_colors", "chaos does not colour caches", ""),
     ("cpuid", "chaos does not change what CPUID says", ""),
@@ -31,11 +28,7 @@ _REFUSED = (
     ("tsc_mode", "chaos has the default TSC mode only", "default"),
     ("localtime rtc_timeoffset", "chaos gives guests UTC only", ""),
     ("e820_host", "chaos gives guests no map of host memory", ""),
-    (
-        "seclabel init_seclabel",
-        "chaos sets no XSM labels, the domain would have another one",
-        "",
-    ),
+    ("seclabel init_seclabel", "chaos sets no XSM labels, the domain would have another one", ""),
     ("driver_domain", "chaos creates no driver domains", ""),
     ("vmtrace_buf_kb", "chaos sets up no tracing of guests", ""),
 )
@@ -46,56 +39,62 @@ _IGNORED = (
     ("cpu_weight", "the scheduler's weight stays at its default"),
     ("period slice latency extratime", "it is for the RTDS and SEDF schedulers"),
     (
-        "max_grant_frames max_maptrack_frames max_grant_version max_event_channels",
+        """
+        max_grant_frames max_maptrack_frames max_grant_version max_event_channels
+        """,
         "chaos decides it by the devices of the guest",
     ),
     ("nomigrate", "chaos moves no guest unasked"),
     ("vif2", "xl ignores it too"),
     (
-        "xenstore_feature_mask xenstore_quota xend_suspend_evtchn_compat",
+        """
+        xenstore_feature_mask xenstore_quota xend_suspend_evtchn_compat
+        """,
         "guests of chaos do not talk to xenstored",
     ),
     ("bootloader_args bootloader_restrict bootloader_user", "there is no boot loader"),
     ("pvshim_path pvshim_cmdline pvshim_extra", "there is no PV shim"),
     (
-        (
-            "pci_msitranslate pci_power_mgmt pci_permissive pci_seize rdm rdm_mem_boundary"
-            " gfx_passthru"
-        ),
+        """
+        pci_msitranslate pci_power_mgmt pci_permissive pci_seize rdm rdm_mem_boundary
+        gfx_passthru
+        """,
         "there is no host hardware passed through",
     ),
     (
-        (
-            "vnclisten vncdisplay vncunused vncpasswd vncviewer keymap sdl opengl display xauthority"
-            " nographic videoram"
-        ),
+        """
+        vnclisten vncdisplay vncunused vncpasswd vncviewer keymap sdl opengl display xauthority
+        nographic videoram
+        """,
         "there is no frame buffer",
     ),
     (
-        (
-            "device_model device_model_version device_model_override device_model_args"
-            " device_model_args_pv device_model_args_hvm device_model_stubdomain_override"
-            " device_model_stubdomain_seclabel device_model_user dm_restrict stubdomain_kernel"
-            " stubdomain_cmdline stubdomain_ramdisk stubdomain_memory"
-        ),
+        """
+        device_model device_model_version device_model_override device_model_args
+        device_model_args_pv device_model_args_hvm device_model_stubdomain_override
+        device_model_stubdomain_seclabel device_model_user dm_restrict stubdomain_kernel
+        stubdomain_cmdline stubdomain_ramdisk stubdomain_memory
+        """,
         "there is no device model",
     ),
     (
-        "device_tree gic_version vuart tee sve nr_spis vpmu trap_unmapped_accesses arm_sci",
+        """
+        device_tree gic_version vuart tee sve nr_spis vpmu trap_unmapped_accesses arm_sci
+        """,
         "it is for Arm only",
     ),
     (
-        (
-            "hap oos shadow_memory firmware_override bios bios_path_override pae acpi acpi_s3 acpi_s4"
-            " acpi_laptop_slate apic nx hpet vpt_align timer_mode nestedhvm altp2m altp2mhvm"
-            " altp2m_count acpi_firmware smbios_firmware smbios ms_vm_genid mmio_hole"
-            " xen_platform_pci xen_platform_pci_bar_uc viridian hvm_pirq mca_caps boot hdtype stdvga"
-            " vga serial soundhw usb usbversion usbdevice vkb_device vendor_device spice spicehost"
-            " spiceport spicetls_port spicedisable_ticketing spicepasswd spiceagent_mouse"
-            " spicevdagent spice_clipboard_sharing spiceusbredirection spice_image_compression"
-            " spice_streaming_video"
-        ),
-        "it is for HVM guests only",
+        """
+        hap oos shadow_memory firmware_override bios bios_path_override pae acpi acpi_s3 acpi_s4
+        acpi_laptop_slate apic nx hpet vpt_align timer_mode altp2mhvm altp2m_count
+        acpi_firmware smbios_firmware smbios ms_vm_genid mmio_hole xen_platform_pci
+        xen_platform_pci_bar_uc viridian hvm_pirq mca_caps boot hdtype stdvga vga serial soundhw
+        usb usbversion usbdevice vkb_device vendor_device spice spicehost spiceport
+        spicetls_port spicedisable_ticketing spicepasswd spiceagent_mouse spicevdagent
+        spice_clipboard_sharing spiceusbredirection spice_image_compression
+        spice_streaming_video
+        """,
+        "a PV guest has no use for it",
     ),
 )
 
