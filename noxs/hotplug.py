@@ -1,0 +1,62 @@
+"""What a toolstack and xendevd agree on: who plugs a vif, and how one hears of it.
+
+docs/xendevd.md has the order of events. In short: the toolstack writes the
+backend's nodes with ``hotplug-status`` empty, which makes netback hold back its
+state 4 (connect in drivers/net/xen-netback/xenbus.c watches the node if it exists);
+xendevd plugs the interface and writes ``connected``, or ``error`` and beside it the
+cause.
+"""
+
+import fcntl
+import os
+
+from xenctypes.errors import BusError, ChaosError, DeviceError
+
+__all__ = ["BusError", "ChaosError", "DeviceError", "running", "script_for"]
+
+STATUS = "hotplug-status"
+ERROR_TEXT = "hotplug-error"
+PENDING = ""
+CONNECTED = "connected"
+ERROR = "error"
+
+LOCK = "/run/xendevd.lock"
+"""xendevd holds an flock on this file for as long as it runs; the file itself stays."""
+
+SCRIPTS = {
+    "": "vif-xendevd",
+    "vif-xendevd": "vif-xendevd",
+    "vif-bridge": "vif-xendevd-bridge",
+    "vif-openvswitch": "vif-xendevd-openvswitch",
+}
+"""A vif's script as configured, without its directory, and the one to write for xendevd."""
+
+
+def script_for(script: str) -> str:
+    """The ``script`` node of a vif that xendevd shall plug. Raises DeviceError.
+
+    Other names than these leave the vif to libxl, which runs scripts; netback only
+    wants the node to exist.
+    """
+    name = script.rpartition("/")[2]
+    if name not in SCRIPTS:
+        raise DeviceError(
+            f"script {script!r}: xendevd runs no scripts",
+            hint="vif-bridge and vif-openvswitch are built in",
+        )
+    return SCRIPTS[name]
+
+
+def running(lock: str = LOCK) -> bool:
+    """Whether xendevd runs on this host."""
+    try:
+        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
