@@ -144,7 +144,15 @@ class StepError(ChaosError):
 
 
 class BusError(ChaosError):
-    """The store: its protocol, its server or the way to it."""
+    """The store: its protocol, its server or the way to it.
+
+    ``path`` is the node concerned or "", ``errno`` the positive error number or 0.
+    """
+
+    def __init__(self, message: str, *, path: str = "", errno: int = 0, hint: str = "") -> None:
+        self.path = path
+        self.errno = errno
+        super().__init__(message, hint=hint)
 
 
 class PageError(ChaosError):
