@@ -48,7 +48,12 @@ void evtchn_wait(const uint32_t *ports, unsigned count, uint64_t until)
     struct sched_poll poll = {.nr_ports = count, .timeout = until};
 
     set_xen_guest_handle(poll.ports, (evtchn_port_t *)(uintptr_t)ports);
-    hypercall2(__HYPERVISOR_sched_op, SCHEDOP_poll, (uint64_t)&poll);
+    if (hypercall2(__HYPERVISOR_sched_op, SCHEDOP_poll, (uint64_t)&poll)) {
+        /* A port that does not exist: without events, look again in a while. */
+        poll.nr_ports = 0;
+        poll.timeout = system_time() + 10000000;
+        hypercall2(__HYPERVISOR_sched_op, SCHEDOP_poll, (uint64_t)&poll);
+    }
 }
 
 /* ---- Time ------------------------------------------------------------------------ */
