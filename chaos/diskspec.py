@@ -92,7 +92,9 @@ def parse_disk(text: str) -> tuple[DiskConfig, list[str]]:
     scan = _Scan(text)
     scan.run()
     try:
-        return scan.config(), scan.warnings
+        strings, chosen, flags = scan.settle()
+        # Each by its own name and type.
+        return DiskConfig(**strings, **chosen, **flags), scan.warnings  # type: ignore[arg-type]
     except ConfigError as error:
         column = scan.places.get(error.key, 0) + 1
         raise ConfigError(error.cause, hint=error.hint, key=error.key, column=column) from None
@@ -217,7 +219,7 @@ class _Scan:
     def unknown_prefix(self, word: str) -> None:
         raise self.error(f"unknown prefix {quote(word)}", "a target with a : needs target=")
 
-    def config(self) -> DiskConfig:
+    def settle(self) -> tuple[dict[str, str], dict[str, str], dict[str, bool]]:
         """What was said, with the rules of xlu_disk_parse for what was not."""
         flags, chosen = dict(self.flags), dict(self.chosen)
         if flags.get("cdrom"):
@@ -229,7 +231,7 @@ class _Scan:
         if "target" not in self.strings and not flags.get("removable"):
             raise ConfigError("no target is given", key="target")
         strings = {key: value for key, value in self.strings.items() if key in _STRINGS}
-        return DiskConfig(**strings, **chosen, **flags)  # type: ignore[arg-type] # by name
+        return strings, chosen, flags
 
 
 Action = Callable[[_Scan, str], None]

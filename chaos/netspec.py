@@ -68,7 +68,8 @@ def check_mac(mac: bytes) -> None:
 def parse_rate(text: str) -> RateLimit:
     """Read RATE[@INTERVAL], such as 10Mb/s or 250KB/s@20ms (xlu_vif_parse_rate).
 
-    Numbers are in C notation: 010KB/s is 8 KB/s.
+    Numbers are in C notation: 010KB/s is 8 KB/s.  In 08KB/s, strtoull stops at the 8, and
+    xlu_vif_parse_rate reads on from there; that is an error here.
     """
     rate, at, interval = text.partition("@")
     match = _RATE.fullmatch(rate)
@@ -92,7 +93,7 @@ def parse_rate(text: str) -> RateLimit:
 
 
 def _rate_number(digits: str, text: str) -> int:
-    """Strtoull in base 0 with what follows it being a letter: 08 is 0 and a stray 8."""
+    """A number in C notation, from 1 to UINT32_MAX."""
     octal = digits[0] == "0"
     if not octal or all(digit < "8" for digit in digits):
         number = int(digits, 8 if octal else 10)

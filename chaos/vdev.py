@@ -2,7 +2,7 @@
 
 The numbers are those of xen-vbd-interface(7), the names those that libxl takes (Xen's
 tools/libs/light/libxl_device.c, libxl__device_disk_dev_number), without its leniency in ``dNpM``
-for signs, blanks and octal.
+for signs, blanks and other bases; a letter or more is needed after ``xvd``.
 """
 
 from __future__ import annotations

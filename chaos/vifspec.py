@@ -219,7 +219,7 @@ def _check_address(address: IPv4Interface | IPv6Interface | None) -> None:
     if address is None:
         return
     ip, network = address.ip, address.network
-    scoped = isinstance(ip, IPv6Address) and ip.scope_id is not None
+    scoped = isinstance(address, IPv6Interface) and address.scope_id is not None
     if ip.is_multicast or ip.is_unspecified or ip.is_loopback or scoped:
         raise ConfigError(f"{ip} is no address of one interface", key="ip")
     ends = {network.network_address, network.broadcast_address}

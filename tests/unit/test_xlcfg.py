@@ -16,7 +16,7 @@ NAMES = ("a", "memory", "vif", "x.y_1")
 
 blank = st.text(" \t", max_size=2)
 gap = st.lists(st.sampled_from([" ", "\n", "\t", "# 'c\n", "#\n"]), max_size=3).map("".join)
-number = st.from_regex(r"[0-9][0-9a-fx]{0,20}", fullmatch=True)
+number = st.builds("{}{}".format, st.sampled_from("0129"), st.text("0189afx", max_size=20))
 piece = st.sampled_from(
     [*"abn0159 \t#;,=[]{}+-é%", "\\n", "\\\\", "\\'", '\\"', "\\t", "\\v", "\\0123", "\\055", "0x"]
 )
@@ -40,7 +40,8 @@ def listed(value: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     )
 
 
-value = st.recursive(number | string, listed, max_leaves=8)
+atom = number | string
+value = atom | listed(atom) | listed(atom | listed(atom | listed(atom)))
 setting = st.builds(
     "{}{}{}{}{}{}".format,
     *(blank, st.sampled_from(NAMES), blank, st.sampled_from(["=", "=", "+="]), blank, value),
@@ -106,14 +107,14 @@ def compare(data: bytes) -> None:
 
 
 @needs_xlutil
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(config)
 def test_reads_what_libxlutil_reads(text: str) -> None:
     compare(text.encode())
 
 
 @needs_xlutil
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(broken())
 @example("a=1\nA")
 @example("a=1 #")
@@ -132,14 +133,14 @@ def test_accepts_what_libxlutil_accepts(text: str) -> None:
 
 
 @needs_xlutil
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.lists(scrap, max_size=12).map("".join))
 def test_scraps(text: str) -> None:
     compare(text.encode())
 
 
 @needs_xlutil
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=30).filter(lambda data: b"\0" not in data))
 @example(b"a='\xff\xfe'")
 @example(b"a='\\\xff'")
@@ -151,7 +152,7 @@ def test_bytes(data: bytes) -> None:
 
 
 @needs_xlutil
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(config, st.lists(setting, max_size=3))
 def test_overrides_are_appended(text: str, overrides: list[str]) -> None:
     extra = "".join(f"{override}\n" for override in overrides)
@@ -169,9 +170,7 @@ def test_overrides_are_appended(text: str, overrides: list[str]) -> None:
 
 
 def test_places() -> None:
-    document = (
-        parse('a = "é", \n', "t.cfg") if False else parse('a = "é"; b = [\n  1,\n\t"x"]\n', "t.cfg")
-    )
+    document = parse('a = "é"; b = [\n  1,\n\t"x"]\n', "t.cfg")
     a, b = document.get("a"), document.get("b")
     assert a is not None
     assert b is not None
