@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from chaos import image, registry
+from chaos import image, registry, vif
 from chaos.devicepage import DevicePage
 from chaos.steps import (
+    BUS,
     CONFIG,
+    DEVICES,
     EXECUTE,
     HYPERVISOR,
     IMAGE,
@@ -33,7 +35,7 @@ from chaos.steps import (
 )
 from noxs.abi import STATE_READY
 from noxs.page import Page, pages_needed
-from xenctypes.errors import XenError
+from xenctypes.errors import DeviceError, XenError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +72,8 @@ class Creation:
     store_local: int = 0  # Dom0's end, bound in this process
     loaded: Loaded | None = None
     reserved: list[int] = field(default_factory=list)  # frames of our pages at the top of memory
+    macs: list[bytes] = field(default_factory=list)
+    vifs: list[vif.PreparedVif] = field(default_factory=list)
     page: DevicePage | None = None
     ready_ms: float | None = None
     unpaused_ns: int = 0
@@ -87,17 +91,31 @@ class Creation:
     @property
     def more_pages(self) -> int:
         """How many pages the device page needs beyond its first."""
-        return pages_needed((), len(self.config.metadata)) - 1
+        return pages_needed((None,) * len(self.config.vifs), len(self.config.metadata)) - 1
+
+    @property
+    def reserve(self) -> int:
+        """How many pages at the top of the guest's memory are ours: the vifs', then more_pages."""
+        return len(self.config.vifs) * vif.PAGES + self.more_pages
+
+    @property
+    def page_frames(self) -> list[int]:
+        """The machine frames of the device page's area."""
+        assert self.loaded is not None
+        return [self.loaded.store_frame, *self.reserved[len(self.config.vifs) * vif.PAGES :]]
 
     def describe(self) -> Page:
         """What the guest will read of itself."""
-        top = (self.config.memory << 8) - len(self.reserved)
+        total = self.config.memory << 8
+        top = total - len(self.reserved)
         return Page(
             self.config.name,
             self.domid,
             self.uuid.bytes,
+            devices=tuple(prepared.describe() for prepared in self.vifs),
             metadata=self.config.metadata,
-            more_pages=tuple(range(top, top + len(self.reserved))),
+            first_free_gref=vif.FIRST_GREF + len(self.vifs) * vif.PAGES,
+            more_pages=tuple(range(total - self.more_pages, total)),
             reserved=((top, len(self.reserved)),) if self.reserved else (),
         )
 
@@ -161,6 +179,25 @@ def _close_images(creation: Creation) -> None:
     creation.kernel = creation.ramdisk = None
 
 
+def _check_devices(creation: Creation) -> None:
+    if not creation.config.vifs:
+        return
+    if not creation.noxs:
+        raise DeviceError(
+            "the image does not speak noxs, and vifs of stock guests are not supported yet",
+            hint="build it with noxs.h, or leave vif= out",
+        )
+    for config in creation.config.vifs:
+        vif.check(config)
+    assert creation.record is not None
+    for config in creation.config.vifs:
+        mac = creation.registry.reserve_mac(config.mac, str(creation.uuid))
+        creation.macs.append(mac)
+        creation.record.macs.append(vif.mac_text(mac))  # the undo of "reserve" gives them back
+    assert creation.entry is not None
+    creation.entry.write(creation.record)
+
+
 def _create_domain(creation: Creation) -> None:
     creation.domid = creation.host.ctrl.domain_create(
         uuid=creation.uuid.bytes,
@@ -198,7 +235,7 @@ def _populate(creation: Creation) -> None:
     ctrl.domain_setmaxmem(creation.domid, config.maxmem * 1024 + SLACK_KIB)
     try:
         creation.reserved = creation.builder.populate(
-            creation.domid, mib=config.memory, reserved=creation.more_pages
+            creation.domid, mib=config.memory, reserved=creation.reserve
         )
     except XenError as error:
         free = ctrl.physinfo().free_pages >> 8
@@ -230,6 +267,36 @@ def _close_channels(creation: Creation) -> None:
         creation.store_local = 0
 
 
+def _prepare_vifs(creation: Creation) -> None:
+    top = (creation.config.memory << 8) - len(creation.reserved)
+    for index, config in enumerate(creation.config.vifs):
+        first = index * vif.PAGES
+        creation.vifs.append(
+            vif.PreparedVif(
+                config=config,
+                mac=creation.macs[index],
+                pfn=top + first,
+                frames=tuple(creation.reserved[first : first + vif.PAGES]),
+                gref=vif.FIRST_GREF + first,
+                port=creation.host.ctrl.evtchn_alloc_unbound(creation.domid, vif.DOM0),
+            )
+        )
+    if creation.vifs:
+        vif.seed(creation.host, creation.domid, creation.vifs)
+
+
+def _connect_vifs(creation: Creation) -> None:
+    if creation.vifs:
+        vif.connect(creation.host.bus, creation.domid, creation.config.name, creation.vifs)
+
+
+def _disconnect_vifs(creation: Creation) -> None:
+    if creation.vifs:
+        devids = [prepared.config.devid for prepared in creation.vifs]
+        creation.vifs = []
+        vif.disconnect(creation.host.bus, creation.domid, devids)
+
+
 def _load(creation: Creation) -> None:
     assert creation.kernel is not None
     creation.loaded = creation.builder.load(
@@ -247,9 +314,7 @@ def _load(creation: Creation) -> None:
 
 def _write_page(creation: Creation) -> None:
     if creation.noxs:
-        assert creation.loaded is not None
-        frames = [creation.loaded.store_frame, *creation.reserved]
-        creation.page = DevicePage(creation.host, creation.domid, frames)
+        creation.page = DevicePage(creation.host, creation.domid, creation.page_frames)
         creation.page.write(creation.describe())
 
 
@@ -282,10 +347,13 @@ def _unpause(creation: Creation) -> None:
 CREATE_STEPS: tuple[Step[Creation], ...] = (
     Step("reserve", EXECUTE, TOOLSTACK, _reserve, _release),
     Step("open image", EXECUTE, CONFIG, _open_images, _close_images),
+    Step("check devices", EXECUTE, CONFIG, _check_devices),
     Step("create domain", PREPARE, HYPERVISOR, _create_domain, _destroy_domain),
     Step("create vcpus", PREPARE, HYPERVISOR, _create_vcpus),
     Step("populate", PREPARE, HYPERVISOR, _populate, _depopulate),
     Step("open channels", PREPARE, HYPERVISOR, _open_channels, _close_channels),
+    Step("prepare vifs", PREPARE, DEVICES, _prepare_vifs),
+    Step("connect vifs", PREPARE, BUS, _connect_vifs, _disconnect_vifs),
     Step("load image", EXECUTE, IMAGE, _load),
     Step("write page", EXECUTE, TOOLSTACK, _write_page, _close_page),
     Step("record", EXECUTE, TOOLSTACK, _record),

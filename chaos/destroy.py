@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chaos import registry
-from xenctypes.errors import StateError
+from chaos import registry, vif
+from xenctypes.errors import ChaosError, StateError
 
 if TYPE_CHECKING:
     from chaos.domains import Domain
     from chaos.host import Host
-    from chaos.registry import Registry
+    from chaos.registry import Record, Registry
+    from xenctypes.ctrl import DomainInfo
 
 
 def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False) -> None:
@@ -41,6 +42,24 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
                 hint="wait for it",
             )
         record = names.read(domain.uuid) or registry.Record(domain.uuid, domain.name)
-        if not domain.info.dying:
-            host.ctrl.domain_destroy(domain.domid)
+        end(host, domain.info, record)
         names.forget(entry, record)
+
+
+def end(host: Host, info: DomainInfo, record: Record) -> None:
+    """Take a domain's devices away and destroy it. Raises the first failure, after trying all.
+
+    The vifs go first: netback must not map pages of a domain that is gone, or it stays a zombie.
+    """
+    failure: ChaosError | None = None
+    if record.macs:
+        if not info.dying:
+            host.ctrl.domain_pause(info.domid)
+        try:
+            vif.disconnect_all(host.bus, info.domid)
+        except ChaosError as error:
+            failure = error
+    if not info.dying:
+        host.ctrl.domain_destroy(info.domid)
+    if failure is not None:
+        raise failure

@@ -5,7 +5,8 @@ from __future__ import annotations
 import uuid as uuid_module
 from typing import TYPE_CHECKING, NamedTuple
 
-from chaos import registry
+from chaos import registry, vif
+from chaos.destroy import end
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
@@ -142,9 +143,12 @@ def _reap_one(host: Host, names: Registry, uuid: str) -> int:
         )
         if record is not None and record.state != registry.BUILDING and info is not None:
             return 0
-        if info is not None and not info.dying:
-            host.ctrl.domain_destroy(info.domid)
-        names.forget(entry, record or registry.Record(uuid=uuid, name=""))
+        record = record or registry.Record(uuid=uuid, name="")
+        if info is not None:
+            end(host, info, record)
+        elif record.macs:
+            vif.disconnect_all(host.bus, record.domid)
+        names.forget(entry, record)
         return 1
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from noxs.bus import Bus
     from xenctypes.ctrl import Xenctrl
     from xenctypes.evtchn import Evtchn
     from xenctypes.foreignmemory import ForeignMemory
@@ -35,7 +36,7 @@ class Host:
     def close(self) -> None:
         """Close every handle that was opened; each opens again when next used."""
         self._stack.close()
-        for name in ("ctrl", "evtchn", "memory", "nr_cpus", "grant_version"):
+        for name in ("ctrl", "evtchn", "memory", "bus", "nr_cpus", "grant_version"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -58,6 +59,13 @@ class Host:
         from xenctypes.foreignmemory import ForeignMemory
 
         return self._stack.enter_context(ForeignMemory())
+
+    @cached_property
+    def bus(self) -> Bus:
+        """The store that Dom0's backends listen to: noxsd's or xenstored's."""
+        from noxs.bus import Bus
+
+        return self._stack.enter_context(Bus.connect())
 
     @cached_property
     def nr_cpus(self) -> int:

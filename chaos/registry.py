@@ -4,7 +4,8 @@
 
     /run/chaos/                     0700
         lock                        flock: held for a rename or a reap, never for a create
-        names/<name>   -> <uuid>    symlink: made atomically, so one of two racing creates wins
+        names/=<name>  -> <uuid>    symlink: made atomically, so one of two racing creates wins
+        macs/<mac>     -> <uuid>    the same for MAC addresses
         domains/<uuid>/             flock: held by whoever builds or destroys the domain
             domain.json             the record, written to a temporary name and renamed
             console.log             what the console showed (chaos.console)
@@ -36,6 +37,9 @@ BUILDING = "building"
 RUNNING = "running"
 FORMAT = 1
 STAGED = ".new-"
+DIRECTORIES = ("names", "domains", "macs")
+MAC_PREFIX = b"\x00\x16\x3e"  # Xen's OUI
+MAC_ATTEMPTS = 1000
 
 
 @dataclass(slots=True)
@@ -45,6 +49,7 @@ class Record:
     ``console_frame`` and ``store_frame`` are the machine frames of the console ring and the
     device page (or XenStore ring), -1 before they are known. ``console_port`` and
     ``store_port`` are event channels on the guest's side; 0 means none.
+    ``macs`` are the addresses of its vifs, in their order.
     ``created`` is seconds since the epoch; ``ready_ms`` the time from unpause to the guest's
     ready event, None until it was seen.
     """
@@ -58,6 +63,7 @@ class Record:
     console_port: int = 0
     store_frame: int = -1
     store_port: int = 0
+    macs: list[str] = field(default_factory=list)
     created: float = 0.0
     ready_ms: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -140,7 +146,7 @@ class Registry:
     def prepare(self) -> None:
         """Make the directories; StateError if that is not allowed."""
         try:
-            for directory in (self.path, f"{self.path}/names", f"{self.path}/domains"):
+            for directory in (self.path, *(f"{self.path}/{name}" for name in DIRECTORIES)):
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(directory, 0o700)
         except OSError as error:
@@ -231,14 +237,45 @@ class Registry:
     def forget(self, entry: Entry, record: Record) -> None:
         """Drop a domain's name and record; the caller holds its lock. Idempotent."""
         self._unlink(record.name, record.uuid)
+        for mac in record.macs:
+            self.release_mac(mac, record.uuid)
         _remove_directory(entry.path)
+
+    def reserve_mac(self, mac: bytes | None, uuid: str) -> bytes:
+        """Take a MAC address for a domain, a random one of Xen's if ``mac`` is None.
+
+        Raises StateError if another domain of ours has it.
+        """
+        for _ in range(MAC_ATTEMPTS):
+            wanted = mac or MAC_PREFIX + os.urandom(3)
+            path = f"{self.path}/macs/{wanted.hex(':')}"
+            try:
+                os.symlink(uuid, path)
+            except FileExistsError:
+                owner = _read_link(path) or ""
+                if not os.path.exists(f"{self.path}/domains/{owner}"):
+                    self._drop_link(path, owner)  # its domain was killed half made
+                elif mac is not None:
+                    raise self._mac_taken(mac, owner) from None
+            else:
+                return wanted
+        raise StateError("no free MAC address found", hint="give one with mac=")
+
+    def release_mac(self, mac: str, uuid: str) -> None:
+        """Give back a MAC address, in the usual notation; not if another domain has it now."""
+        self._drop_link(f"{self.path}/macs/{mac}", uuid)
+
+    def _mac_taken(self, mac: bytes, owner: str) -> StateError:
+        record = self.read(owner)
+        named = f' by "{record.name}"' if record else ""
+        return StateError(
+            f"the MAC address {mac.hex(':')} is in use{named}",
+            hint="leave mac= out to have one generated",
+        )
 
     def uuid_of(self, name: str) -> str | None:
         """The UUID that owns ``name``, or None."""
-        try:
-            return os.readlink(self._name_path(name))
-        except OSError:
-            return None
+        return _read_link(self._name_path(name))
 
     def read(self, uuid: str) -> Record | None:
         """The record of a UUID, or None if we have none."""
@@ -295,13 +332,23 @@ class Registry:
             raise StateError(f'the name "{name[:32]}..." is too long') from None
 
     def _unlink(self, name: str, uuid: str) -> None:
-        if self.uuid_of(name) == uuid:
+        self._drop_link(self._name_path(name), uuid)
+
+    def _drop_link(self, path: str, uuid: str) -> None:
+        if _read_link(path) == uuid:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._name_path(name))
+                os.unlink(path)
 
     def _name_path(self, name: str) -> str:
         # A name holds no slash (chaos.config); a leading dot is kept from meaning a directory.
         return f"{self.path}/names/={name}"
+
+
+def _read_link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
 
 
 def _write_atomically(path: str, text: str) -> None:

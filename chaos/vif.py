@@ -1,0 +1,331 @@
+"""Vifs connected before the guest exists.
+
+The toolstack plays netfront while the shell is empty: it lays the rings out in
+pages at the top of the shell's memory, posts receive buffers, seeds the grant
+table, allocates the event channel, and writes the nodes that netback reads. The
+guest finds the result in its device page and starts to send.
+
+::
+
+    toolstack                          netback (Dom0's kernel)         xendevd
+      | rings, grants, channel
+      | frontend nodes, state 4  --->   probe: vifN.M appears   --->   plugs it,
+      | backend nodes, state 1          maps rings, binds channel      hotplug-status
+      | <--------------- backend state 4, once it reads "connected" <---'
+
+What netback reads is in drivers/net/xen-netback/xenbus.c (connect,
+connect_data_rings, read_xenbus_vif_flags); the rings in public/io/netif.h.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from struct import Struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from noxs import abi, hotplug
+from noxs.page import Vif, VifQueue
+from xenctypes.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from chaos.host import Host
+    from chaos.netspec import VlanConfig
+    from chaos.vifspec import VifConfig
+    from noxs.bus import Bus
+
+POSTED = 8  # receive buffers in the ring before the guest runs
+PAGES = 2 + POSTED  # tx ring, rx ring, buffers
+FIRST_GREF = 8  # GNTTAB_NR_RESERVED_ENTRIES, public/grant_table.h
+GRANT_ENTRY = Struct("@HHI")  # grant_entry_v1: flags, domid, frame
+GRANT_ENTRIES = 512  # in the table's first frame
+GTF_PERMIT_ACCESS = 1
+SRING = Struct("@4I")  # req_prod, req_event, rsp_prod, rsp_event (public/io/ring.h)
+SRING_REQUESTS = 64
+RX_REQUEST = Struct("@HHI")  # netif_rx_request: id, pad, gref
+RX_ENTRY_SIZE = 8
+XENMEM_GRANT_TABLE = 1  # XENMEM_resource_grant_table
+DOM0 = 0
+CONNECT_TIMEOUT = 30.0
+CLOSE_TIMEOUT = 30.0
+STATE_INITIALISING, STATE_CONNECTED, STATE_CLOSING, STATE_CLOSED = "1", "4", "5", "6"
+NETBACK = "/sys/bus/xen-backend/drivers/vif"
+DEVICES = "/sys/bus/xen-backend/devices"
+FEATURES = (
+    abi.VIF_RX_SG | abi.VIF_RX_CSUM_BLANK | abi.VIF_RX_NOTIFY | abi.VIF_TX_SG
+    | abi.VIF_TX_CSUM_BLANK
+)  # fmt: skip
+
+
+class PreparedVif(NamedTuple):
+    """A vif of a shell: where its pages, grants and channel are.
+
+    ``pfn`` is the guest page of its first of PAGES pages, ``frames`` their machine frames,
+    ``gref`` the first of as many grant references, ``port`` the guest's event channel.
+    """
+
+    config: VifConfig
+    mac: bytes
+    pfn: int
+    frames: tuple[int, ...]
+    gref: int
+    port: int
+
+    def describe(self) -> Vif:
+        """The vif as the guest reads of it."""
+        config = self.config
+        queue = VifQueue(
+            tx_pfn=self.pfn,
+            tx_gref=self.gref,
+            rx_pfn=self.pfn + 1,
+            rx_gref=self.gref + 1,
+            tx_evtchn=self.port,
+            rx_evtchn=self.port,
+            posted_pfn=self.pfn + 2,
+            posted_gref=self.gref + 2,
+            posted_count=POSTED,
+        )
+        ipv4, ipv6 = config.ipv4, config.ipv6
+        return Vif(
+            handle=config.devid,
+            mac=self.mac,
+            queues=(queue,),
+            backend=DOM0,
+            features=FEATURES,
+            mtu=config.mtu or 1500,
+            ipv4=ipv4.ip.packed if ipv4 else b"",
+            ipv4_prefix=ipv4.network.prefixlen if ipv4 else 0,
+            ipv4_gateway=config.gateway4.packed if config.gateway4 else b"",
+            ipv6=ipv6.ip.packed if ipv6 else b"",
+            ipv6_prefix=ipv6.network.prefixlen if ipv6 else 0,
+            ipv6_gateway=config.gateway6.packed if config.gateway6 else b"",
+        )
+
+
+def seed(host: Host, domid: int, vifs: Sequence[PreparedVif]) -> None:
+    """Initialise the rings and grant every page of ``vifs`` to Dom0. Raises CallFailed."""
+    frames = [frame for vif in vifs for frame in vif.frames]
+    with host.memory.map(domid, frames) as pages:
+        view = pages.view
+        for index, vif in enumerate(vifs):
+            _init_rings(view[index * PAGES * abi.PAGE_SIZE :], vif)
+    with host.memory.map_resource(domid, XENMEM_GRANT_TABLE, 0, 0, 1) as table:
+        for vif in vifs:
+            for offset, frame in enumerate(vif.frames):
+                at = (vif.gref + offset) * GRANT_ENTRY.size
+                GRANT_ENTRY.pack_into(table.view, at, GTF_PERMIT_ACCESS, DOM0, frame)
+
+
+def _init_rings(view: memoryview, vif: PreparedVif) -> None:
+    SRING.pack_into(view, 0, 0, 1, 0, 1)
+    rx = abi.PAGE_SIZE
+    for index in range(POSTED):
+        at = rx + SRING_REQUESTS + index * RX_ENTRY_SIZE
+        RX_REQUEST.pack_into(view, at, index, 0, vif.gref + 2 + index)
+    SRING.pack_into(view, rx, POSTED, 1, 0, 1)
+
+
+def backend_path(domid: int, devid: int) -> str:
+    """The backend's directory on the bus."""
+    return f"{backend_directory(domid)}/{devid}"
+
+
+def backend_directory(domid: int) -> str:
+    """Where the backends of all vifs of a domain are on the bus."""
+    return f"/local/domain/{DOM0}/backend/vif/{domid}"
+
+
+def frontend_path(domid: int, devid: int) -> str:
+    """The frontend's directory on the bus."""
+    return f"/local/domain/{domid}/device/vif/{devid}"
+
+
+def nodes(domid: int, name: str, vif: PreparedVif) -> list[tuple[str, str]]:
+    """What the bus must say of a vif for netback to connect it, the backend's part last."""
+    config = vif.config
+    backend, frontend = backend_path(domid, config.devid), frontend_path(domid, config.devid)
+    front = {
+        "backend": backend,
+        "backend-id": DOM0,
+        "state": STATE_CONNECTED,
+        "handle": config.devid,
+        "mac": mac_text(vif.mac),
+        "tx-ring-ref": vif.gref,
+        "rx-ring-ref": vif.gref + 1,
+        "event-channel": vif.port,
+        "request-rx-copy": 1,
+        "feature-rx-notify": 1,
+        "feature-sg": 1,
+    }
+    back = {
+        "frontend": frontend,
+        "frontend-id": domid,
+        "online": 1,
+        "handle": config.devid,
+        "mac": mac_text(vif.mac),
+        "bridge": config.bridge,
+        "domain": name,
+        "type": "vif",
+        "script": hotplug.script_for(config.script),
+        hotplug.STATUS: hotplug.PENDING,
+        "state": STATE_INITIALISING,
+    }
+    if config.vifname:
+        back["vifname"] = config.vifname
+    if config.mtu:
+        back["mtu"] = config.mtu
+    if config.rate is not None:
+        back["rate"] = str(config.rate)
+    if config.vlan is not None:
+        back["vlan"] = vlan_text(config.vlan)
+    return [
+        *((f"{frontend}/{key}", str(value)) for key, value in front.items()),
+        *((f"{backend}/{key}", str(value)) for key, value in back.items()),
+    ]
+
+
+def mac_text(mac: bytes) -> str:
+    """A MAC address in the usual notation."""
+    return mac.hex(":")
+
+
+def vlan_text(vlan: VlanConfig) -> str:
+    """VLANs in the notation of xl-network-configuration(5), which xendevd reads."""
+    others = (f"{vid}u" for vid in vlan.untagged if vid != vlan.pvid)
+    return "/".join([f"{vlan.pvid}p", *others, *map(str, vlan.tagged)])
+
+
+def check(config: VifConfig) -> None:
+    """Refuse what cannot work before anything is made. Raises DeviceError."""
+    if not os.path.isdir(NETBACK):
+        raise DeviceError("netback is not loaded", hint="modprobe xen-netback")
+    if not hotplug.running():
+        raise DeviceError("xendevd is not running", hint="start it: it plugs the vifs")
+    hotplug.script_for(config.script)
+    if not config.openvswitch and not os.path.isdir(f"/sys/class/net/{config.bridge}/bridge"):
+        raise DeviceError(
+            f'vif {config.devid}: there is no bridge "{config.bridge}"',
+            hint=f"ip link add {config.bridge} type bridge",
+        )
+    if config.vifname and os.path.exists(f"/sys/class/net/{config.vifname}"):
+        raise DeviceError(
+            f'vif {config.devid}: an interface "{config.vifname}" exists already',
+            hint="choose another vifname=",
+        )
+
+
+def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> None:
+    """Write the nodes of ``vifs`` and wait until netback has connected them all.
+
+    Raises DeviceError with what xendevd or netback gave as the reason.
+    """
+    pairs = [pair for vif in vifs for pair in nodes(domid, name, vif)]
+    bus.transact(lambda tx: tx.write_many(pairs))
+    waiting = {backend_path(domid, vif.config.devid): vif.config.devid for vif in vifs}
+    with _watching(bus, backend_directory(domid)) as changes:
+        for _ in changes(CONNECT_TIMEOUT):
+            for path, devid in list(waiting.items()):
+                if _connected(bus, path, devid):
+                    del waiting[path]
+            if not waiting:
+                return
+    devid = min(waiting.values())
+    raise DeviceError(
+        f"vif {devid}: netback did not connect it within {CONNECT_TIMEOUT:.0f} s",
+        hint="is xendevd running?",
+    )
+
+
+def _connected(bus: Bus, path: str, devid: int) -> bool:
+    keys = ("state", hotplug.STATUS, hotplug.ERROR_TEXT)
+    state, status, why = bus.read_many(f"{path}/{key}" for key in keys)
+    if status == hotplug.ERROR:
+        raise DeviceError(f"vif {devid}: {why or 'xendevd could not plug it'}")
+    if state in {STATE_CLOSING, STATE_CLOSED}:
+        raise DeviceError(f"vif {devid}: netback refused it", hint="dmesg says why")
+    return state == STATE_CONNECTED
+
+
+def disconnect_all(bus: Bus, domid: int) -> None:
+    """``disconnect`` for whatever vifs the bus knows of a domain."""
+    directory = backend_directory(domid)
+    devids = [int(name) for name in bus.directory(directory)] if bus.exists(directory) else []
+    if devids:
+        disconnect(bus, domid, devids)
+
+
+def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:
+    """Have netback let go of vifs, and remove their nodes; missing ones are fine.
+
+    netback unmaps the rings, closes its channel and ends its threads before it says that it
+    is closed (backend_disconnect); the interface goes right after. Raises DeviceError when
+    it does not within CLOSE_TIMEOUT; the nodes are removed even then.
+    """
+    known = [devid for devid in devids if bus.exists(f"{backend_path(domid, devid)}/frontend")]
+    changes = [(f"{backend_path(domid, devid)}/online", "0") for devid in known]
+    changes += [(f"{frontend_path(domid, devid)}/state", STATE_CLOSED) for devid in known]
+    if known:
+        bus.transact(lambda tx: tx.write_many(changes))
+    try:
+        _await_gone(bus, domid, known)
+    finally:
+        paths = [backend_path(domid, devid) for devid in devids]
+        paths += [frontend_path(domid, devid) for devid in devids]
+        bus.rm_many(paths)
+        _prune(bus, (backend_directory(domid), f"/local/domain/{domid}"))
+
+
+def _await_gone(bus: Bus, domid: int, devids: Sequence[int]) -> None:
+    waiting = set(devids)
+    with _watching(bus, backend_directory(domid)) as changes:
+        for _ in changes(CLOSE_TIMEOUT):
+            states = bus.read_many(f"{backend_path(domid, devid)}/state" for devid in devids)
+            closed = (None, STATE_CLOSED)
+            waiting = {
+                devid for devid, state in zip(devids, states, strict=True) if state not in closed
+            }
+            if not waiting:
+                break
+    deadline = time.monotonic() + CLOSE_TIMEOUT
+    while any(os.path.exists(f"{DEVICES}/vif-{domid}-{devid}") for devid in devids):
+        if waiting or time.monotonic() > deadline:
+            raise DeviceError(
+                f"vif {min(waiting or devids)} of domain {domid}: netback does not let go of it",
+                hint="dmesg says why",
+            )
+        time.sleep(0.001)  # the device is being unregistered; nothing tells when it is gone
+
+
+def _prune(bus: Bus, directories: Sequence[str]) -> None:
+    """Remove directories that hold nothing any more but empty ones."""
+    for directory in directories:
+        if bus.exists(directory) and not _leaves(bus, directory):
+            bus.rm(directory)
+
+
+def _leaves(bus: Bus, directory: str) -> bool:
+    if bus.get(directory):
+        return True
+    return any(_leaves(bus, f"{directory}/{name}") for name in bus.directory(directory))
+
+
+@contextmanager
+def _watching(bus: Bus, path: str) -> Iterator[Callable[[float], Iterator[None]]]:
+    """Watch ``path``; what is yielded gives one turn at once and one after each change."""
+    token = f"vif {path}"
+    bus.watch(path, token)
+
+    def changes(timeout: float) -> Iterator[None]:
+        deadline = time.monotonic() + timeout
+        yield None
+        while (left := deadline - time.monotonic()) > 0:
+            if bus.events(left):
+                yield None
+
+    try:
+        yield changes
+    finally:
+        bus.unwatch(path, token)
