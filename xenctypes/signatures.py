@@ -58,6 +58,10 @@ class xentoollog_logger(Opaque):
     """xentoollog.h."""
 
 
+class xentoollog_logger_stdiostream(xentoollog_logger):
+    """xentoollog.h: a logger, of the kind that writes to a stream."""
+
+
 class xc_interface(Opaque):
     """xenctrl.h."""
 
@@ -168,8 +172,13 @@ _frames_t = POINTER(c_ulong)
 _uint32_p = POINTER(c_uint32)
 
 XENTOOLLOG: dict[str, Row] = {
-    "xtl_createlogger_stdiostream": (handle(xentoollog_logger), c_void_p, c_int, c_uint),
-    "xtl_stdiostream_set_minlevel": (NOTHING, xentoollog_logger, c_int),
+    "xtl_createlogger_stdiostream": (
+        handle(xentoollog_logger_stdiostream),
+        c_void_p,
+        c_int,
+        c_uint,
+    ),
+    "xtl_stdiostream_set_minlevel": (NOTHING, xentoollog_logger_stdiostream, c_int),
     "xtl_logger_destroy": (NOTHING, xentoollog_logger),
     # Variadic in C; without further arguments it is called like any other.
     "xtl_log": (NOTHING, xentoollog_logger, c_int, c_int, c_char_p, c_char_p),
