@@ -26,21 +26,23 @@ begin = time.perf_counter()
 import xenctypes.ctrl, xenctypes.guest, xenctypes.evtchn, xenctypes.foreignmemory
 import xenctypes.gnttab, xenctypes.devicemodel, xenctypes.call
 imported = time.perf_counter()
-from xenctypes.loader import SONAMES, installed, load
-release = installed()
+from xenctypes.loader import SONAMES, load
+from xenctypes.releases import RELEASES
+release = RELEASES[tuple(map(int, sys.argv[2].split(".")))]
+begin_load = time.perf_counter()
 for name in SONAMES:
     load(name, release)
 loaded = time.perf_counter()
 from xenctypes.ctrl import Xenctrl
 opening = time.perf_counter()
-Xenctrl(dummy=True).close()
+Xenctrl(dummy=True, release=release).close()
 opened = time.perf_counter()
-print(imported - begin, loaded - imported, opened - opening, len(SONAMES), release)
+print(imported - begin, loaded - begin_load, opened - opening, len(SONAMES))
 """
 
 
-def run() -> list[str]:
-    command = [sys.executable, "-I", "-S", "-c", RUN, str(ROOT)]
+def run(release: str) -> list[str]:
+    command = [sys.executable, "-I", "-S", "-c", RUN, str(ROOT), release]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
@@ -49,8 +51,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    count, release = run()[3:]
-    runs = [[float(value) * 1e3 for value in run()[:3]] for _ in range(options.runs)]
+    sys.path.insert(0, str(ROOT))
+    from xenctypes.loader import installed
+
+    release = str(installed())
+    count = run(release)[3]
+    runs = [[float(value) * 1e3 for value in run(release)[:3]] for _ in range(options.runs)]
     phases = ("import the bindings", f"load {count} libraries", "open and close a dummy handle")
     result = {
         phase: {"best": min(times), "median": statistics.median(times)}

@@ -25,6 +25,7 @@ from xenctypes.handle import EINVAL, Handle
 from xenctypes.loader import installed, load, open_handle
 from xenctypes.record import Record
 from xenctypes.releases import running
+from xenctypes.signatures import xc_interface
 from xenctypes.toollog import XTL_WARN, ToolLog
 
 TYPE_CHECKING = False
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from xenctypes.host import PhysInfo, XenVersion
     from xenctypes.releases import Release
 
-ESRCH = 3
+ESRCH, ENODEV = 3, 19
 LIST_CHUNK = 1024  # domains for one hypercall: 112 KiB of bounce buffer
 
 
@@ -164,6 +165,7 @@ class Xenctrl(Handle):
         if release is None:
             release = installed() if dummy else running()
         self.release = release
+        self.dummy = dummy
         self._lib = load("xenctrl", release)
         flags = public.XC_OPENFLAG_DUMMY if dummy else 0
         super().__init__(
@@ -172,6 +174,24 @@ class Xenctrl(Handle):
             log=None if log_level == XTL_WARN else ToolLog(log_level),
         )
         self._own_log = True
+
+    @property
+    def raw(self) -> xc_interface:
+        """The C handle, to make hypercalls with.
+
+        Raises CallFailed: EBADF once closed, ENODEV if a dummy, through which
+        the library would follow a null pointer.
+        """
+        if self.dummy:
+            raise CallFailed(type(self).__name__, ENODEV, "opened without a hypervisor")
+        return self.image_raw
+
+    @property
+    def image_raw(self) -> xc_interface:
+        """The C handle, to look into images with; a dummy's will do."""
+        raw = super().raw
+        assert isinstance(raw, xc_interface)
+        return raw
 
     # Handles that libxenctrl has open anyway; valid as long as this one is.
 
@@ -492,7 +512,7 @@ class Xenctrl(Handle):
             try:
                 channel = self.evtchn_status(domid, port)
             except CallFailed as error:
-                if error.errno == EINVAL and port:
+                if error.errno == EINVAL:
                     return channels
                 raise
             if channel.status != public.EVTCHNSTAT_closed:

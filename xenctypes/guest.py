@@ -80,6 +80,16 @@ def dom_image(release: Release) -> dict[str, tuple[int, Any]]:
     return {**DOM_IMAGE, "memflags": DOM_IMAGE_MEMFLAGS} if release.dom_memflags else DOM_IMAGE
 
 
+# What a step needs: of each tuple one. The library does not check, and crashes.
+AFTER: dict[str, tuple[tuple[str, ...], ...]] = {
+    "xc_dom_mem_init": (("xc_dom_parse_image", "xc_dom_set_arch_hooks"),),
+    "xc_dom_boot_mem_init": (("xc_dom_boot_xen_init",), ("xc_dom_mem_init",)),
+    "xc_dom_build_image": (("xc_dom_parse_image",), ("xc_dom_boot_mem_init",)),
+    "xc_dom_boot_image": (("xc_dom_build_image",),),
+    "xc_dom_gnttab_init": (("xc_dom_build_image",),),
+}
+
+
 class _Field:
     """A number in struct xc_dom_image."""
 
@@ -101,7 +111,8 @@ class DomBuilder(Handle):
 
     A step that fails raises CallFailed with what the library said, and ends
     the build: each later step raises ECANCELED, because the library would
-    follow pointers that the failed step left wild. With ``Xenctrl(dummy=True)``
+    follow pointers that the failed step left wild. For the same reason a step out
+    of order is refused with EINVAL; that does not end the build. With ``Xenctrl(dummy=True)``
     the steps that need no domain run on any machine.
     """
 
@@ -138,10 +149,10 @@ class DomBuilder(Handle):
         self._lib = load("xenguest", xenctrl.release)
         self._xenctrl = xenctrl
         self._failed = ""
-        self._parsed = False
+        self._done: dict[str, None] = {}
         self._blobs: list[bytes] = []  # the library keeps pointers to them
         super().__init__(
-            lambda _: self._lib.xc_dom_allocate(xenctrl.raw, cmdline, features),
+            lambda _: self._lib.xc_dom_allocate(xenctrl.image_raw, cmdline, features),
             self._lib.xc_dom_release,
             owner=xenctrl,
             log=xenctrl.log,
@@ -161,6 +172,11 @@ class DomBuilder(Handle):
         if self._failed:
             raise CallFailed(name, ECANCELED, f"this build ended when {self._failed} failed")
         self._check_open(name)
+        if name in AFTER and name in self._done:
+            raise CallFailed(name, EINVAL, "a second time")
+        for needed in AFTER.get(name, ()):
+            if not any(step in self._done for step in needed):
+                raise CallFailed(name, EINVAL, f"needs {' or '.join(needed)} first")
         # Some failures set no errno and some log nothing: keep old ones out.
         self.log.clear()
         set_errno(0)
@@ -169,6 +185,7 @@ class DomBuilder(Handle):
         except BaseException:
             self._failed = name
             raise
+        self._done[name] = None
 
     # Steps, each a C function
 
@@ -178,6 +195,8 @@ class DomBuilder(Handle):
 
     def set_arch_hooks(self) -> None:
         """Choose the architecture by ``guest_type``, before the kernel is known."""
+        if not self.guest_type:
+            raise CallFailed("xc_dom_set_arch_hooks", EINVAL, "needs guest_type first")
         self._step("xc_dom_set_arch_hooks")
 
     def kernel_max_size(self, size: int) -> None:
@@ -215,7 +234,6 @@ class DomBuilder(Handle):
     def parse_image(self) -> None:
         """Find out what the kernel is and where it wants to be."""
         self._step("xc_dom_parse_image")
-        self._parsed = True
 
     def rambase_init(self, base: int = 0) -> None:
         """The physical address at which memory starts: 0 on x86."""
@@ -277,7 +295,7 @@ class DomBuilder(Handle):
         return bool(self._lib.xc_dom_feature_get(self.raw, number))
 
     def _check_parsed(self, name: str) -> None:
-        if self._failed or not self._parsed:
+        if self._failed or "xc_dom_parse_image" not in self._done:
             raise CallFailed(name, EINVAL, "no image was parsed")
 
     @property

@@ -279,9 +279,9 @@ XENGNTTAB: dict[str, Row] = {
 XENCTRL: dict[str, Row] = {
     "xc_interface_open": (handle(xc_interface), xentoollog_logger, xentoollog_logger, c_uint),
     "xc_interface_close": (ZERO, xc_interface),
-    "xc_interface_xcall_handle": (returns(xencall_handle), xc_interface),
-    "xc_interface_fmem_handle": (returns(xenforeignmemory_handle), xc_interface),
-    "xc_interface_dmod_handle": (returns(xendevicemodel_handle), xc_interface),
+    "xc_interface_xcall_handle": (handle(xencall_handle), xc_interface),
+    "xc_interface_fmem_handle": (handle(xenforeignmemory_handle), xc_interface),
+    "xc_interface_dmod_handle": (handle(xendevicemodel_handle), xc_interface),
     # domains; the third argument of xc_domain_create depends on the release
     "xc_domain_create": (ZERO, xc_interface, _uint32_p, c_void_p),
     "xc_domain_destroy": (ZERO, xc_interface, domid_t),

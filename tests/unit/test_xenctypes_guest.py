@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 from xenctypes import ctrl, signatures
@@ -26,7 +26,7 @@ from xenctypes.guest import DomBuilder
 from xenctypes.loader import installed
 from xenctypes.structs import xen_domctl_getdomaininfo
 
-EINVAL, EFAULT, ECANCELED, EBADF, ENOENT = 22, 14, 125, 9, 2
+EINVAL, EFAULT, ECANCELED, EBADF, ENOENT, ENODEV = 22, 14, 125, 9, 2, 19
 BASE = 0x100000
 
 needs_no_xen = pytest.mark.skipif(
@@ -234,6 +234,40 @@ def test_what_is_only_known_after_parsing(builder: DomBuilder) -> None:
         with pytest.raises(CallFailed) as caught:
             ask()
         assert caught.value.errno == EINVAL
+
+
+def test_steps_out_of_order_are_refused_and_forgiven(builder: DomBuilder) -> None:
+    steps: tuple[tuple[Callable[[], object], str], ...] = (
+        (lambda: builder.mem_init(8), "xc_dom_parse_image or xc_dom_set_arch_hooks"),
+        (builder.set_arch_hooks, "guest_type"),
+        (builder.boot_mem_init, "xc_dom_boot_xen_init"),
+        (builder.build_image, "xc_dom_parse_image"),
+        (builder.boot_image, "xc_dom_build_image"),
+        (builder.gnttab_init, "xc_dom_build_image"),
+    )
+    for step, needed in steps:
+        with pytest.raises(CallFailed, match=f"needs {needed} first") as caught:
+            step()
+        assert caught.value.errno == EINVAL
+    parse(builder, image())
+    builder.rambase_init(0)
+    builder.mem_init(8)
+    with pytest.raises(CallFailed, match="a second time"):
+        builder.mem_init(8)
+
+
+def test_a_dummy_makes_no_hypercalls(xenctrl: Xenctrl, builder: DomBuilder) -> None:
+    for call in (
+        xenctrl.domain_list,
+        xenctrl.physinfo,
+        xenctrl.fmem_handle,
+        lambda: ForeignMemory(xenctrl),
+        lambda: xenctrl.domain_destroy(1),
+        lambda: builder.boot_xen_init(1),
+    ):
+        with pytest.raises(CallFailed, match="without a hypervisor") as caught:
+            call()
+        assert caught.value.errno == ENODEV
 
 
 def test_p2m_without_memory(builder: DomBuilder) -> None:

@@ -113,7 +113,8 @@ def test_a_handle_that_does_not_open_leaves_nothing() -> None:
 
 
 def test_a_forgotten_handle_is_closed_but_its_mapping_stays() -> None:
-    closed, unmapped = [], []
+    closed: list[Any] = []
+    unmapped: list[int] = []
     memory = ctypes.create_string_buffer(b"still there", 4096)
     handle = opened(closed)
     mapping = Mapping(handle, ctypes.addressof(memory), 4096, PROT_READ, lambda: unmapped.append(1))
