@@ -25,7 +25,6 @@ from chaos.cpuspec import parse_cpus
 from chaos.diskspec import parse_disk
 from chaos.domconfig import (
     DISKS_MAX,
-    METADATA_MAX,
     VIFS_MAX,
     DomainConfig,
     check_name,
@@ -33,6 +32,7 @@ from chaos.domconfig import (
 from chaos.vifspec import parse_vif
 from chaos.xldoc import Atom, Document, Setting, quote
 from chaos.xlkeys import IGNORED, REFUSED
+from noxs.abi import MAX_METADATA
 from xenctypes.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[DomainConfig, list[s
     config, warnings = from_document(document, directory=os.getcwd())
     if config.metadata_file:
         try:
-            metadata = _read(config.metadata_file, METADATA_MAX, "metadata")
+            metadata = _read(config.metadata_file, MAX_METADATA, "metadata")
         except ConfigError as error:
             cause = f"{quote(error.filename)}: {error.cause}"
             raise config.error(cause, "noxs_metadata_file", hint=error.hint) from error

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from chaos.vdev import parse_vdev
 from chaos.xldoc import quote
@@ -80,6 +81,10 @@ class DiskConfig:
     def devid(self) -> int:
         """The number of the virtual device, which names it in the store."""
         return parse_vdev(self.vdev)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return asdict(self)
 
 
 def parse_disk(text: str) -> tuple[DiskConfig, list[str]]:

@@ -6,10 +6,13 @@ However a DomainConfig was made, its values are sound: construction raises Confi
 
 from __future__ import annotations
 
+from base64 import b64encode
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chaos.xldoc import Place, quote
+from noxs.abi import MAX_METADATA as METADATA_MAX
+from noxs.abi import MAX_NAME as NAME_MAX
 from xenctypes.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +32,6 @@ ACTIONS = (  # tools/xl/xl_parse.c, action_on_shutdown_names
     "coredump-restart",
     "soft-reset",
 )
-NAME_MAX = 128  # bytes
 PATH_MAX = 4095  # bytes; linux/limits.h, less the final NUL
 CMDLINE_MAX = 1023  # bytes; MAX_GUEST_CMDLINE of xen/include/public/xen.h, less the final NUL
 MEMORY_MAX = 16 << 20  # MiB: 16 TiB, what Xen supports on x86 (SUPPORT.md)
@@ -37,7 +39,6 @@ MEMORY_DEFAULT = 32  # MiB; libxl_create.c, libxl__domain_build_info_setdefault
 VCPUS_MAX = {"pv": 8192, "pvh": 128}  # MAX_VIRT_CPUS of x86, HVM_MAX_VCPUS
 VIFS_MAX = 16
 DISKS_MAX = 32
-METADATA_MAX = 65536  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,38 @@ class DomainConfig:
         if any(vif.type == "ioemu" for vif in self.vifs):
             cause = f"a {self.type} domain has no emulated network card"
             raise ConfigError(cause, hint="leave type=ioemu out", key="vif")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON, under the names of the settings; chaos.configjson reads it back.
+
+        Everything is there, defaults filled in, but for ``places``.  Bytes are text: the uuid as
+        usual, the metadata in base64.
+        """
+        uuid = None if self.uuid is None else self.uuid.hex()
+        if uuid is not None:
+            uuid = "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
+        return {
+            "name": self.name,
+            "uuid": uuid,
+            "type": self.type,
+            "kernel": self.kernel,
+            "ramdisk": self.ramdisk,
+            "cmdline": self.cmdline,
+            "memory": self.memory,
+            "maxmem": self.maxmem,
+            "vcpus": self.vcpus,
+            "maxvcpus": self.maxvcpus,
+            "cpus": [str(cpus) for cpus in self.affinity],
+            "on_poweroff": self.on_poweroff,
+            "on_reboot": self.on_reboot,
+            "on_watchdog": self.on_watchdog,
+            "on_crash": self.on_crash,
+            "on_soft_reset": self.on_soft_reset,
+            "vif": [vif.as_dict() for vif in self.vifs],
+            "disk": [disk.as_dict() for disk in self.disks],
+            "noxs_metadata": b64encode(self.metadata).decode(),
+            "noxs_metadata_file": self.metadata_file,
+        }
 
     def error(self, cause: str, key: str, *, hint: str = "") -> ConfigError:
         """An error about a setting, at its place when that is known; for the caller to raise."""

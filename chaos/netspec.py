@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from chaos.xldoc import quote
 from xenctypes.errors import ConfigError
 
+VLAN_MAX = 4094  # IEEE 802.1Q; 0 and 4095 are reserved
+
 _MAC = re.compile(r"[0-9a-fA-F]{1,2}(?::[0-9a-fA-F]{1,2}){5}")
 _RATE = re.compile(r"([0-9]{1,24})([GMK]?)([Bb])/s")
 _INTERVAL = re.compile(r"([0-9]{1,24})([mu]?)s?")
@@ -46,6 +48,14 @@ class VlanConfig:
     pvid: int
     untagged: tuple[int, ...]
     tagged: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        both = self.untagged + self.tagged
+        in_order = all(list(ids) == sorted(ids) for ids in (self.untagged, self.tagged))
+        if not in_order or len(set(both)) != len(both) or self.pvid not in self.untagged:
+            raise ConfigError("the VLANs are unsorted, repeated or without their PVID", key="vlan")
+        if not 1 <= min(both) <= max(both) <= VLAN_MAX:
+            raise ConfigError(f"VLANs are within 1 to {VLAN_MAX}", key="vlan")
 
 
 def parse_mac(text: str) -> bytes:
@@ -128,6 +138,6 @@ def _vlan_term(term: str) -> tuple[range, str]:
         raise ConfigError(f"{quote(term)} is no VLAN or range", hint="as in 10p/20", key="vlan")
     first, step = int(match[1]), int(match[3] or 1)
     last = int(match[2] or first) if match[4] is None else first + step * int(match[4])
-    if not 1 <= first <= last <= 4094 or step < 1:
-        raise ConfigError(f"{quote(term)} is not within 1 to 4094", key="vlan")
+    if not 1 <= first <= last <= VLAN_MAX or step < 1:
+        raise ConfigError(f"{quote(term)} is not within 1 to {VLAN_MAX}", key="vlan")
     return range(first, last + 1, step), match[5]

@@ -9,7 +9,7 @@ Where xl only warns (an unknown key) or takes what cannot work (a multicast MAC)
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from ipaddress import (
     IPv4Address,
@@ -19,7 +19,7 @@ from ipaddress import (
     ip_address,
     ip_interface,
 )
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chaos.netspec import RateLimit, VlanConfig, check_mac, parse_mac, parse_rate, parse_vlan
 from chaos.xldoc import quote
@@ -119,6 +119,31 @@ class VifConfig:
         """The addresses as in the configuration, for hotplug scripts."""
         return " ".join(str(ip) for ip in (self.ipv4, self.ipv6) if ip is not None)
 
+    @property
+    def gateway(self) -> str:
+        """The routers as in the configuration."""
+        return " ".join(str(ip) for ip in (self.gateway4, self.gateway6) if ip is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON, under the names of the keys."""
+        return {
+            "devid": self.devid,
+            "mac": self.mac_text,
+            "bridge": self.bridge,
+            "ip": self.ip,
+            "gateway": self.gateway,
+            "mtu": self.mtu,
+            "rate": None if self.rate is None else asdict(self.rate),
+            "vlan": None if self.vlan is None else asdict(self.vlan),
+            "vifname": self.vifname,
+            "script": self.script,
+            "gatewaydev": self.gatewaydev,
+            "backend": self.backend,
+            "type": self.type,
+            "model": self.model,
+            "trusted": self.trusted,
+        }
+
 
 def parse_vif(text: str, devid: int = 0) -> tuple[VifConfig, list[str]]:
     """Read one vif; ``devid`` is its number unless it names one.  Also return warnings.
@@ -127,7 +152,7 @@ def parse_vif(text: str, devid: int = 0) -> tuple[VifConfig, list[str]]:
     """
     if len(text) > MAX_TEXT:
         raise ConfigError(f"a vif is longer than {MAX_TEXT} characters")
-    values: dict[str, object] = {"devid": devid}
+    values: dict[str, Any] = {"devid": devid}
     places: dict[str, int] = {}
     warnings: list[str] = []
     position = 0
@@ -150,7 +175,7 @@ def parse_vif(text: str, devid: int = 0) -> tuple[VifConfig, list[str]]:
             raise _at(error, column) from None
         places[key] = column
     try:
-        return VifConfig(**values), warnings  # type: ignore[arg-type] # by name, each of its type
+        return VifConfig(**values), warnings
     except ConfigError as error:
         raise _at(error, places.get(error.key, 1)) from None
 
@@ -159,7 +184,7 @@ def _at(error: ConfigError, column: int) -> ConfigError:
     return ConfigError(error.cause, hint=error.hint, key=error.key, column=column)
 
 
-def _read(key: str, value: str | None) -> dict[str, object]:
+def _read(key: str, value: str | None) -> dict[str, Any]:
     """The fields that one word of a vif sets; a flag has no value."""
     if value is None and key in {"trusted", "untrusted"}:
         return {"trusted": key == "trusted"}
@@ -173,8 +198,9 @@ def _read(key: str, value: str | None) -> dict[str, object]:
     return reader(value)
 
 
-def _read_ip(text: str) -> dict[str, object]:
-    found: dict[str, object] = {}
+def read_ip(text: str) -> dict[str, Any]:
+    """The fields for addresses with prefixes, one of each family at most, between blanks."""
+    found: dict[str, Any] = {}
     for word in text.split():
         try:
             address = ip_interface(word)
@@ -187,8 +213,9 @@ def _read_ip(text: str) -> dict[str, object]:
     return found
 
 
-def _read_gateway(text: str) -> dict[str, object]:
-    found: dict[str, object] = {}
+def read_gateway(text: str) -> dict[str, Any]:
+    """The fields for routers, one of each family at most, between blanks."""
+    found: dict[str, Any] = {}
     for word in text.split():
         try:
             address = ip_address(word)
@@ -242,17 +269,17 @@ def _check_gateway(
         raise ConfigError(f"gateway {gateway} is not in {address.network}", key="gateway")
 
 
-def _text(key: str) -> Callable[[str], dict[str, object]]:
+def _text(key: str) -> Callable[[str], dict[str, Any]]:
     return lambda value: {key: value}
 
 
-_READERS: dict[str, Callable[[str], dict[str, object]]] = {
+_READERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "type": _text("type"),
     "mac": lambda value: {"mac": parse_mac(value)},
     "bridge": _text("bridge"),
     "gatewaydev": _text("gatewaydev"),
-    "ip": _read_ip,
-    "gateway": _read_gateway,
+    "ip": read_ip,
+    "gateway": read_gateway,
     "script": _text("script"),
     "backend": _text("backend"),
     "vifname": _text("vifname"),
