@@ -82,7 +82,7 @@ def dom_image(release: Release) -> dict[str, tuple[int, Any]]:
 
 # What a step needs: of each tuple one. The library does not check, and crashes.
 AFTER: dict[str, tuple[tuple[str, ...], ...]] = {
-    "xc_dom_mem_init": (("xc_dom_parse_image", "xc_dom_set_arch_hooks"),),
+    "xc_dom_mem_init": (),
     "xc_dom_boot_mem_init": (("xc_dom_boot_xen_init",), ("xc_dom_mem_init",)),
     "xc_dom_build_image": (("xc_dom_parse_image",), ("xc_dom_boot_mem_init",)),
     "xc_dom_boot_image": (("xc_dom_build_image",),),
@@ -150,7 +150,7 @@ class DomBuilder(Handle):
         self._xenctrl = xenctrl
         self._failed = ""
         self._done: dict[str, None] = {}
-        self._blobs: list[bytes] = []  # the library keeps pointers to them
+        self._blobs: list[bytes] = []  # the library has pointers to them
         super().__init__(
             lambda _: self._lib.xc_dom_allocate(xenctrl.image_raw, cmdline, features),
             self._lib.xc_dom_release,
@@ -168,7 +168,7 @@ class DomBuilder(Handle):
         assert address is not None, name
         return address + offset
 
-    def _step(self, name: str, *arguments: Any) -> None:
+    def _check_step(self, name: str) -> None:
         if self._failed:
             raise CallFailed(name, ECANCELED, f"this build ended when {self._failed} failed")
         self._check_open(name)
@@ -177,6 +177,9 @@ class DomBuilder(Handle):
         for needed in AFTER.get(name, ()):
             if not any(step in self._done for step in needed):
                 raise CallFailed(name, EINVAL, f"needs {' or '.join(needed)} first")
+
+    def _step(self, name: str, *arguments: Any) -> None:
+        self._check_step(name)
         # Some failures set no errno and some log nothing: keep old ones out.
         self.log.clear()
         set_errno(0)
@@ -192,12 +195,6 @@ class DomBuilder(Handle):
     def boot_xen_init(self, domid: int) -> None:
         """Bind the build to an existing domain, and look at the hypervisor."""
         self._step("xc_dom_boot_xen_init", self._xenctrl.raw, domid)
-
-    def set_arch_hooks(self) -> None:
-        """Choose the architecture by ``guest_type``, before the kernel is known."""
-        if not self.guest_type:
-            raise CallFailed("xc_dom_set_arch_hooks", EINVAL, "needs guest_type first")
-        self._step("xc_dom_set_arch_hooks")
 
     def kernel_max_size(self, size: int) -> None:
         """The most bytes that the kernel may have, unpacked too. Default 1 GiB."""
@@ -240,7 +237,17 @@ class DomBuilder(Handle):
         self._step("xc_dom_rambase_init", base)
 
     def mem_init(self, mb: int) -> None:
-        """The memory of the domain, in MiB."""
+        """The memory of the domain, in MiB.
+
+        Comes after ``parse_image``, or after ``guest_type`` was set to what the
+        kernel will be, if memory is to be populated before it is known.
+        """
+        self._check_step("xc_dom_mem_init")
+        if not self.guest_type:
+            raise CallFailed("xc_dom_mem_init", EINVAL, "needs guest_type or parse_image first")
+        if not 0 < mb < 1 << 24:
+            # The library counts pages in 32 bits.
+            raise CallFailed("xc_dom_mem_init", EINVAL, f"{mb} MiB")
         self._step("xc_dom_mem_init", mb)
 
     def boot_mem_init(self) -> None:
@@ -269,10 +276,7 @@ class DomBuilder(Handle):
 
     @guest_type.setter
     def guest_type(self, kind: bytes) -> None:
-        self._blobs.append(kind)
-        offset, _ = DOM_IMAGE["guest_type"]
-        field = c_void_p.from_address(self.field_address("guest_type", offset))
-        field.value = cast(c_char_p(kind), c_void_p).value
+        self._set_text("guest_type", kind)
 
     def virt_base(self) -> int:
         """The virtual address that the image is linked to."""
@@ -303,6 +307,10 @@ class DomBuilder(Handle):
         """The kernel's command line."""
         address = self._address("cmdline")
         return string_at(address) if address else b""
+
+    @cmdline.setter
+    def cmdline(self, line: bytes) -> None:
+        self._set_text("cmdline", line)
 
     @cmdline.setter
     def cmdline(self, text: bytes) -> None:
@@ -365,6 +373,12 @@ class DomBuilder(Handle):
 
     def _point(self, name: str, text: bytes) -> None:
         """Point a char * field at a string that lives as long as the build."""
+        self._blobs.append(text)
+        offset, _ = DOM_IMAGE[name]
+        field = c_void_p.from_address(self.field_address(name, offset))
+        field.value = cast(c_char_p(text), c_void_p).value
+
+    def _set_text(self, name: str, text: bytes) -> None:
         self._blobs.append(text)
         offset, _ = DOM_IMAGE[name]
         field = c_void_p.from_address(self.field_address(name, offset))

@@ -376,7 +376,6 @@ XENGUEST: dict[str, Row] = {
     "xc_dom_allocate": (handle(xc_dom_image), xc_interface, c_char_p, c_char_p),
     "xc_dom_release": (NOTHING, xc_dom_image),
     "xc_dom_boot_xen_init": (ZERO, xc_dom_image, xc_interface, domid_t),
-    "xc_dom_set_arch_hooks": (ZERO, xc_dom_image),
     "xc_dom_kernel_file": (ZERO, xc_dom_image, c_char_p),
     "xc_dom_kernel_mem": (ZERO, xc_dom_image, c_void_p, c_size_t),
     "xc_dom_kernel_max_size": (ZERO, xc_dom_image, c_size_t),
