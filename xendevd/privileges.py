@@ -1,0 +1,56 @@
+"""Giving up what is not needed, and telling the service manager how things stand."""
+
+import ctypes
+import os
+import socket
+from errno import EINVAL
+
+CAP_NET_ADMIN = 12  # linux/capability.h
+CAPABILITY_VERSION_3 = 0x20080522
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 24, 38, 47  # linux/prctl.h
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+
+def keep_only(capability: int = CAP_NET_ADMIN) -> None:
+    """Give up all capabilities but one, for this process and anything it could execute.
+
+    The user stays root: files and sockets of root's remain open to it by ownership,
+    those of others do not. Raises OSError.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(function: str, *arguments: object, unless: int = 0) -> bool:
+        if getattr(libc, function)(*arguments) == 0:
+            return True
+        error = ctypes.get_errno()
+        if error != unless:
+            raise OSError(error, f"{function}: {os.strerror(error)}")
+        return False
+
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    for other in range(64):
+        # EINVAL: the kernel knows no more capabilities.
+        if other != capability and not call(
+            "prctl", PR_CAPBSET_DROP, other, 0, 0, 0, unless=EINVAL
+        ):
+            break
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    low, high = (1 << capability) & 0xFFFFFFFF, (1 << capability) >> 32
+    # struct __user_cap_data_struct[2]: effective, permitted, inheritable
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    call("capset", ctypes.byref(header), ctypes.byref(data))
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it asked (sd_notify(3)): READY=1, STOPPING=1, STATUS=..."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            channel.sendto(state.encode(), address)
+        except OSError:
+            return  # it is gone; nobody else would want to know
