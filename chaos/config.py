@@ -30,7 +30,7 @@ from chaos.domconfig import (
     check_name,
 )
 from chaos.vifspec import parse_vif
-from chaos.xldoc import Atom, Document, Setting, quote
+from chaos.xldoc import Atom, Document, Setting, printable, quote
 from chaos.xlkeys import IGNORED, REFUSED
 from noxs.abi import MAX_METADATA
 from xenctypes.errors import ConfigError
@@ -79,7 +79,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[DomainConfig, list[s
         try:
             metadata = _read(config.metadata_file, MAX_METADATA, "metadata")
         except ConfigError as error:
-            cause = f"{quote(error.filename)}: {error.cause}"
+            cause = f"{error.filename}: {error.cause}"
             raise config.error(cause, "noxs_metadata_file", hint=error.hint) from error
         config = replace(config, metadata=metadata)
     return config, warnings
@@ -92,9 +92,11 @@ def _read(path: str, limit: int, what: str) -> bytes:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
-        raise ConfigError(f"cannot read the {what}: {reason}", filename=path) from error
+        cause = f"cannot read the {what}: {reason}"
+        raise ConfigError(cause, filename=printable(path)) from error
     if len(data) > limit:
-        raise ConfigError(f"the {what} is longer than {limit} bytes", filename=path)
+        cause = f"the {what} is longer than {limit} bytes"
+        raise ConfigError(cause, filename=printable(path))
     return data
 
 
@@ -184,10 +186,11 @@ class _Reader:
         repeated = []
         seen: set[tuple[str, str]] = set()
         for setting in self.document.settings:
-            origin = (setting.name, self.document.source.filename(setting.offset))
-            if origin in seen and not setting.added:
+            filename = self.document.source.filename(setting.offset)
+            if (setting.name, filename) in seen and not setting.added:
                 repeated.append(setting)
-            seen.add(origin)
+            if filename != xlcfg.COMMAND_LINE:  # where it is the purpose
+                seen.add((setting.name, filename))
         self.some(repeated, lambda name: f"{name} is set again, the last one counts")
 
     def some(self, settings: list[Setting], cause: Callable[[str], str]) -> None:

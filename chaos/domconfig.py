@@ -34,7 +34,7 @@ ACTIONS = (  # tools/xl/xl_parse.c, action_on_shutdown_names
 )
 PATH_MAX = 4095  # bytes; linux/limits.h, less the final NUL
 CMDLINE_MAX = 1023  # bytes; MAX_GUEST_CMDLINE of xen/include/public/xen.h, less the final NUL
-MEMORY_MAX = 16 << 20  # MiB: 16 TiB, what Xen supports on x86 (SUPPORT.md)
+MEMORY_MAX = (16 << 20) - 1  # MiB: Xen supports guests of less than 16 TiB (SUPPORT.md)
 MEMORY_DEFAULT = 32  # MiB; libxl_create.c, libxl__domain_build_info_setdefault
 VCPUS_MAX = {"pv": 8192, "pvh": 128}  # MAX_VIRT_CPUS of x86, HVM_MAX_VCPUS
 VIFS_MAX = 16

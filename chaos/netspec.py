@@ -57,6 +57,12 @@ class VlanConfig:
         if not 1 <= min(both) <= max(both) <= VLAN_MAX:
             raise ConfigError(f"VLANs are within 1 to {VLAN_MAX}", key="vlan")
 
+    def __str__(self) -> str:
+        """In xl's notation, for the backend's ``vlan`` node; ``parse_vlan`` reads it back."""
+        untagged = (f"/{vlan}u" for vlan in self.untagged if vlan != self.pvid)
+        tagged = (f"/{vlan}" for vlan in self.tagged)
+        return "".join((f"{self.pvid}p", *untagged, *tagged))
+
 
 def parse_mac(text: str) -> bytes:
     """Read six groups of one or two hexadecimal digits between colons."""
@@ -113,7 +119,11 @@ def _rate_number(digits: str, text: str) -> int:
 
 
 def parse_vlan(text: str) -> VlanConfig:
-    """Read VLAN terms between slashes: 10p/20/100-110u/200+10x4."""
+    """Read VLAN terms between slashes: 10p/20/100-110u/200+10x4.
+
+    The last is 200 and four more, 10 apart, as xl-network-configuration(5) says (its example has
+    one more).
+    """
     untagged: set[int] = set()
     tagged: set[int] = set()
     pvids: list[int] = []

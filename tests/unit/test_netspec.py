@@ -69,6 +69,7 @@ def test_rate() -> None:
 )
 def test_vlan(text: str, expected: VlanConfig) -> None:
     assert parse_vlan(text) == expected
+    assert parse_vlan(str(expected)) == expected
 
 
 @pytest.mark.parametrize(
