@@ -100,7 +100,8 @@ static void send(const struct path *path, const struct segment *what)
     put32(tcp + 16, 0);
     if (what->mss)
         put32(tcp + HEADER, 0x02040000 | what->mss);
-    memcpy(tcp + header, what->data, what->length);
+    if (what->length)
+        memcpy(tcp + header, what->data, what->length);
     put16(tcp + 16, ip_checksum(path, PROTOCOL_TCP, tcp, header + what->length));
     ip_send(path, PROTOCOL_TCP, header + what->length);
 }
