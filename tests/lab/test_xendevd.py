@@ -1,0 +1,333 @@
+"""xendevd on a real Dom0: netback's vifs, the kernel's events, real bridges.
+
+No guest is needed: netback makes an interface as soon as its nodes exist, and waits with the
+rest for a frontend that never comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from noxs import hotplug
+from noxs.bus import Bus
+from noxs.hotplug import BusError
+from xendevd.netlink import Link, Rtnetlink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PATIENCE = 60.0
+VERDICTS = {hotplug.CONNECTED, hotplug.ERROR}
+
+
+def wait(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        os.sched_yield()
+
+
+@pytest.fixture(scope="module")
+def bus() -> Iterator[Bus]:
+    """The host's store; noxsd is started, for the rest of this boot, where there is none."""
+    try:
+        connected = Bus.connect(patience=0.1)
+    except BusError:
+        with Path("/run/noxsd.log").open("wb") as log:
+            subprocess.Popen(["noxsd"], stdout=log, stderr=log, start_new_session=True)
+        wait(lambda: Path("/run/noxs/socket").exists(), "noxsd does not start")
+        connected = Bus.connect()
+    with connected:
+        yield connected
+
+
+class Xendevd:
+    """The daemon, and the vifs that it is given."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.route = Rtnetlink()
+        self.made: list[str] = []
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(["xendevd"])
+        wait(hotplug.running, "xendevd does not start")
+
+    def stop(self, with_signal: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(with_signal)
+        code = self.process.wait(PATIENCE)
+        self.process = None
+        return code
+
+    def vif(self, domid: int, devid: int = 0, **nodes: str) -> str:
+        """Write the nodes of a vif whose frontend is there but does not connect; its backend."""
+        return self.vifs([(domid, devid, nodes)])[0]
+
+    def vifs(self, wanted: list[tuple[int, int, dict[str, str]]]) -> list[str]:
+        paths = []
+        with self.bus.transaction() as nodes:
+            for domid, devid, more in wanted:
+                front = f"/local/domain/{domid}/device/vif/{devid}"
+                back = f"/local/domain/0/backend/vif/{domid}/{devid}"
+                mac = f"00:16:3e:77:{domid >> 8 & 255:02x}:{domid & 255:02x}"
+                both = {"handle": str(devid), "mac": mac, "state": "1"}
+                frontend = {**both, "backend": back, "backend-id": "0"}
+                backend = {
+                    **both,
+                    "frontend": front,
+                    "frontend-id": str(domid),
+                    "online": "1",
+                    "bridge": "xenbr0",
+                    "script": "vif-xendevd",
+                    hotplug.STATUS: hotplug.PENDING,
+                    **more,
+                }
+                nodes.write_many([(f"{front}/{key}", value) for key, value in frontend.items()])
+                nodes.write_many([(f"{back}/{key}", value) for key, value in backend.items()])
+                paths.append(back)
+        self.made += paths
+        return paths
+
+    def verdict(self, path: str) -> str:
+        """Wait for the verdict: "" or the error."""
+        status = self.bus.wait_for(f"{path}/{hotplug.STATUS}", VERDICTS.__contains__, PATIENCE)
+        if status == hotplug.CONNECTED:
+            return ""
+        return self.bus.read(f"{path}/{hotplug.ERROR_TEXT}")
+
+    def link(self, name: str) -> Link:
+        link = self.route.link(name)
+        assert link is not None
+        return link
+
+    def remove(self, *paths: str) -> None:
+        """Remove vifs and wait until their interfaces are gone."""
+        self.bus.rm_many(
+            f"/local/domain/{path.split('/')[-2]}/device/vif/{path.split('/')[-1]}"
+            for path in paths
+        )
+        self.bus.rm_many(paths)
+        self.made = [path for path in self.made if path not in paths]
+        devices = [Path(f"/sys/bus/xen-backend/devices/{device(path)}") for path in paths]
+        wait(lambda: not any(map(Path.exists, devices)), "netback keeps its device")
+        for domid in {path.split("/")[-2] for path in paths}:
+            for parent in (f"/local/domain/{domid}", f"/local/domain/0/backend/vif/{domid}"):
+                self.bus.rm(parent)
+
+
+def device(path: str) -> str:
+    return f"vif-{path.split('/')[-2]}-{path.split('/')[-1]}"
+
+
+@pytest.fixture
+def daemon(bus: Bus) -> Iterator[Xendevd]:
+    made = Xendevd(bus)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.remove(*made.made)
+        if made.process is not None:
+            made.stop()
+        made.route.close()
+
+
+@pytest.mark.anyhost
+def test_a_vif_is_plugged_and_goes(daemon: Xendevd) -> None:
+    path = daemon.vif(901, vifname="web0", mtu="1400")
+    assert daemon.verdict(path) == ""
+    link = daemon.link("web0")
+    assert (link.up, link.mtu, link.master) == (True, 1400, daemon.link("xenbr0").ifindex)
+    assert "web0" not in Path("/proc/net/if_inet6").read_text()
+    daemon.remove(path)
+    assert daemon.route.link("web0") is None
+    assert daemon.bus.get(path) is None
+
+
+@pytest.mark.anyhost
+def test_failures_reach_whoever_waits(daemon: Xendevd) -> None:
+    good = daemon.vif(901)
+    assert daemon.verdict(good) == ""
+    for domid, nodes, why in (
+        (902, {"bridge": "nowhere0"}, "there is no bridge 'nowhere0'"),
+        (903, {"vifname": "vif901.0"}, "an interface of that name exists"),
+        (904, {"mtu": "17"}, "mtu '17' is not within"),
+        (905, {"vlan": "10"}, "does not filter VLANs"),
+    ):
+        assert why in daemon.verdict(daemon.vif(domid, **nodes))
+
+
+@pytest.mark.anyhost
+def test_it_keeps_one_capability(daemon: Xendevd) -> None:
+    daemon.verdict(daemon.vif(901))
+    assert daemon.process is not None
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    values = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Cap"))
+    net_admin = f"{1 << 12:016x}"
+    assert values["CapEff"] == values["CapPrm"] == values["CapBnd"] == net_admin
+    assert values["CapInh"] == values["CapAmb"] == f"{0:016x}"
+
+
+def processes() -> int:
+    for line in Path("/proc/stat").read_text().splitlines():
+        if line.startswith("processes "):
+            return int(line.split()[1])
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def quiet_udevd() -> Iterator[None]:
+    """udevd forks workers for every event; xendevd does not listen to it."""
+    command = ["udevadm", "control"]
+    subprocess.run([*command, "--stop-exec-queue"], check=False)
+    try:
+        yield
+    finally:
+        subprocess.run([*command, "--start-exec-queue"], check=False)
+
+
+def test_no_process_is_created_in_100_plugs(daemon: Xendevd) -> None:
+    """The kernel may start a worker of its own meanwhile: one round without one is enough."""
+    created = []
+    with quiet_udevd():
+        for attempt in range(5):
+            assert daemon.process is not None
+            daemon.process.send_signal(signal.SIGSTOP)
+            paths = daemon.vifs([(1000 + 100 * attempt + n, 0, {}) for n in range(100)])
+            names = [f"vif{path.split('/')[-2]}.0" for path in paths]
+            wait(lambda names=names: all(map(daemon.route.link, names)), "netback is slow")
+            before = processes()
+            daemon.process.send_signal(signal.SIGCONT)
+            assert [daemon.verdict(path) for path in paths] == [""] * 100
+            created.append(processes() - before)
+            daemon.remove(*paths)
+            if created[-1] == 0:
+                return
+    pytest.fail(f"processes created in each round of 100 plugs: {created}")
+
+
+@pytest.mark.anyhost
+def test_it_catches_up_after_a_crash(daemon: Xendevd) -> None:
+    first = daemon.vif(901)
+    assert daemon.verdict(first) == ""
+    daemon.stop(signal.SIGKILL)
+    assert not hotplug.running()
+    missed = daemon.vifs([(910 + n, 0, {}) for n in range(20)])
+    wait(lambda: daemon.route.link("vif929.0"), "netback is slow")
+    daemon.start()
+    assert [daemon.verdict(path) for path in [first, *missed]] == [""] * 21
+    assert daemon.stop() == 0
+
+
+@pytest.mark.anyhost
+def test_a_vif_that_goes_at_once_leaves_no_nodes(daemon: Xendevd) -> None:
+    for _ in range(20):
+        path = daemon.vif(901)
+        daemon.remove(path)
+        assert daemon.bus.get(path) is None
+
+
+@pytest.mark.anyhost
+def test_vlans_of_a_linux_bridge(daemon: Xendevd) -> None:
+    subprocess.run(
+        ["ip", "link", "add", "vlbr0", "type", "bridge", "vlan_filtering", "1"], check=True
+    )
+    try:
+        assert daemon.verdict(daemon.vif(901, bridge="vlbr0", vlan="10p/20-21")) == ""
+        shown = subprocess.run(
+            ["bridge", "vlan", "show", "dev", "vif901.0"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("\n", 1)[1]
+        vlans = [line.removeprefix("vif901.0").split() for line in shown.splitlines() if line]
+        assert vlans == [["10", "PVID", "Egress", "Untagged"], ["20"], ["21"]]
+    finally:
+        subprocess.run(["ip", "link", "del", "vlbr0"], check=True)
+
+
+@pytest.fixture
+def openvswitch() -> Iterator[str]:
+    """Open vSwitch with a bridge ovs0."""
+    control = "/usr/share/openvswitch/scripts/ovs-ctl"
+    subprocess.run(["modprobe", "openvswitch"], check=True)
+    subprocess.run([control, "start", "--system-id=random"], check=True)
+    subprocess.run(["ovs-vsctl", "--may-exist", "add-br", "ovs0"], check=True)
+    try:
+        yield "ovs0"
+    finally:
+        subprocess.run(["ovs-vsctl", "del-br", "ovs0"], check=True)
+        subprocess.run([control, "stop"], check=True)
+
+
+def vsctl(*words: str) -> str:
+    done = subprocess.run(["ovs-vsctl", *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_open_vswitch(daemon: Xendevd, openvswitch: str) -> None:
+    plain = daemon.vif(901, bridge="ovs0")
+    tagged = daemon.vif(902, bridge="ovs0.100", script="vif-xendevd-openvswitch")
+    trunk = daemon.vif(903, bridge="ovs0:20:30", vifname="trunk0")
+    linux = daemon.vif(904)
+    nowhere = daemon.vif(905, bridge="ovs9", script="vif-xendevd-openvswitch")
+    assert [daemon.verdict(path) for path in (plain, tagged, trunk, linux)] == [""] * 4
+    assert "there is no bridge 'ovs9'" in daemon.verdict(nowhere)
+    assert vsctl("list-ports", "ovs0").split() == ["trunk0", "vif901.0", "vif902.0"]
+    assert vsctl("get", "port", "vif902.0", "tag") == "100"
+    assert vsctl("get", "port", "trunk0", "trunks") == "[20, 30]"
+    assert daemon.link("vif901.0").up
+    daemon.remove(plain)
+    wait(lambda: "vif901.0" not in vsctl("list-ports", "ovs0"), "the port stays")
+    # A port whose vif went while nobody listened goes with the next start.
+    daemon.stop(signal.SIGKILL)
+    daemon.remove(tagged)
+    daemon.start()
+    wait(lambda: "vif902.0" not in vsctl("list-ports", "ovs0"), "the stale port stays")
+    assert vsctl("list-ports", "ovs0") == "trunk0"
+
+
+XL_GUEST = """\
+name = "xendevd-test"
+kernel = "/src/guests/build/hello.elf"
+memory = 16
+vif = ["mac=00:16:3e:00:00:aa,bridge={bridge}{more}"]
+"""
+
+
+@pytest.mark.xenstored
+def test_xl_create_with_a_vif(daemon: Xendevd, tmp_path: Path) -> None:
+    conf = Path("/etc/xen/xl.conf")
+    before = conf.read_text() if conf.exists() else None
+    conf.write_text('vif.default.script="/usr/local/bin/vif-xendevd"\n')
+    guest = tmp_path / "guest.cfg"
+    try:
+        guest.write_text(XL_GUEST.format(bridge="xenbr0", more=",vifname=xlweb0"))
+        subprocess.run(["xl", "create", "-p", str(guest)], check=True)
+        try:
+            link = daemon.link("xlweb0")
+            assert (link.up, link.master) == (True, daemon.link("xenbr0").ifindex)
+        finally:
+            subprocess.run(["xl", "destroy", "xendevd-test"], check=True)
+        assert daemon.route.link("xlweb0") is None
+        guest.write_text(XL_GUEST.format(bridge="nowhere0", more=""))
+        failed = subprocess.run(
+            ["xl", "create", "-p", str(guest)], capture_output=True, text=True, check=False
+        )
+        assert failed.returncode != 0
+        assert "there is no bridge 'nowhere0'" in failed.stderr
+    finally:
+        if before is None:
+            conf.unlink()
+        else:
+            conf.write_text(before)
