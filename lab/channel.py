@@ -16,7 +16,7 @@ import tty
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Self
 
 from lab import machine as machines
 from lab.errors import ChannelBusy, Crash, LabError, TimedOut
@@ -48,7 +48,9 @@ class Request:
 class Session:
     """A synchronised channel. A context manager: leaving it ends what still runs in it."""
 
-    def __init__(self, machine: Machine, *, channel: int | None = None, booting: bool = False):
+    def __init__(
+        self, machine: Machine, *, channel: int | None = None, booting: bool = False
+    ) -> None:
         self._machine = machine
         self._log = SerialLog(machine.serial)
         self._lock, self._number = _claim(machine, channel)
@@ -64,7 +66,7 @@ class Session:
             self.close()
             raise
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -187,7 +189,9 @@ class Session:
                     self._check()
                     now = time.monotonic()
                     if now - self._heard > HANG_SECONDS:
-                        raise Crash(f"Dom0 hangs: silent for {HANG_SECONDS:.0f} s", self._log.tail())
+                        raise Crash(
+                            f"Dom0 hangs: silent for {HANG_SECONDS:.0f} s", self._log.tail()
+                        )
                     if deadline and now > deadline:
                         raise TimedOut(
                             f"time-out: the command still ran after {request.timeout:g} s",

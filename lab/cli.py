@@ -233,7 +233,9 @@ def _stdin() -> int | None:
 
 
 @contextmanager
-def _booted(verb: str, options: Options, *, keep: bool = False) -> Iterator[tuple[Machine, Session]]:
+def _booted(
+    verb: str, options: Options, *, keep: bool = False
+) -> Iterator[tuple[Machine, Session]]:
     """Boot a lab and install the project; yields it with a session.
 
     The machine ends with the block unless ``keep`` and the block succeeds.
@@ -407,4 +409,3 @@ def _status(arguments: argparse.Namespace) -> int:
     for number, found in images.items():
         print(f"Debian {number}: {found.path if found else 'no image (scripts/lab build)'}")
     return 0
-

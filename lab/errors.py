@@ -2,7 +2,7 @@
 
 from xenctypes.errors import ChaosError, UsageError
 
-__all__ = ["ChannelBusy", "Crash", "LabError", "TimedOut", "UsageError"]
+__all__ = ["ChannelBusy", "ChaosError", "Crash", "LabError", "TimedOut", "UsageError"]
 
 
 class LabError(ChaosError):

@@ -101,6 +101,9 @@ STAGES = {
 """What mmdebstrap says when it enters a stage, and what we call it."""
 
 
+HOST_FILES = ("apt/apt.conf.d/99mmdebstrap", "apt/sources.list", "dpkg/dpkg.cfg.d/99mmdebstrap")
+"""Below /etc: the host's mirrors and options, of no use in a machine without a network."""
+
 MAKE_ROOTFS = """
 set -e
 mkdir "$1.tree"
@@ -159,8 +162,7 @@ def _bootstrap(release: Release, work: Path, parts: Path, steps: progress.Steps)
         *(f"--aptopt={line}" for line in debian.apt_options()),
         f"--include={','.join(release.packages)}",
         f"--customize-hook=copy-in {' '.join(str(p) for p in files.iterdir())} /",
-        "--customize-hook=rm -f $1/etc/apt/apt.conf.d/99mmdebstrap"
-        " $1/etc/apt/sources.list $1/etc/dpkg/dpkg.cfg.d/99mmdebstrap",
+        *(f"--customize-hook=rm -f $1/etc/{name}" for name in HOST_FILES),
         "--customize-hook=chroot $1 passwd -d root",
         f"--customize-hook=copy-out /boot /usr/lib/modules {parts}",
         f"--customize-hook=download /bin/busybox {parts}/busybox",

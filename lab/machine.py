@@ -333,7 +333,13 @@ def _overlay(machine: Machine, image: Image) -> bytes:
         entries[f"lab/{name}"] = initramfs.file((DOM0 / name).read_bytes(), 0o755)
     for name in ("lab-host.service", "lab-agent.service"):
         entries[f"lab/{name}"] = initramfs.file((DOM0 / name).read_bytes())
-    for name in ("__init__.py", "frames.py", "dom0/__init__.py", "dom0/agent.py", "dom0/install.py"):
+    for name in (
+        "__init__.py",
+        "frames.py",
+        "dom0/__init__.py",
+        "dom0/agent.py",
+        "dom0/install.py",
+    ):
         entries[f"lab/lab/{name}"] = initramfs.file((DOM0.parent / name).read_bytes())
     return initramfs.archive(entries)
 

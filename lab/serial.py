@@ -57,7 +57,7 @@ class SerialLog:
         return next((sign for line in lines if (sign := crash_in(line.strip(b"\r")))), "")
 
     def tail(self) -> str:
-        """Return the last lines, once the dying machine has said them or two seconds have passed."""
+        """Return the last lines, once the dying machine has no more to say (or after 2 s)."""
         deadline = time.monotonic() + SETTLE_SECONDS
         size = -1
         while size != (size := self._size()) and time.monotonic() < deadline:

@@ -51,7 +51,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
-        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._handlers: dict[int, Callable[[int], object]] = {}
         self.children: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, Callable[[], None]]] = []
         wake, ring = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -59,7 +59,7 @@ class Loop:
         signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
         self.watch(wake, select.EPOLLIN, lambda _: self._drain(wake))
 
-    def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+    def watch(self, fd: int, events: int, handler: Callable[[int], object]) -> None:
         """Call ``handler(events)`` when any of ``events`` happens on ``fd``."""
         self._handlers[fd] = handler
         self.epoll.register(fd, events)
@@ -128,7 +128,6 @@ class Command:
         assert isinstance(cwd, str)
         if self.terminal:
             master, slave = pty.openpty()
-            ours = theirs = ()
             self._input, self._outputs = master, {master: Kind.STDOUT}
             self.resize(int(str(request["rows"])), int(str(request["columns"])))
             streams = (slave, slave, slave)
@@ -144,7 +143,7 @@ class Command:
         os.close(report)
         for fd in set(streams):
             os.close(fd)
-        with open(failed, "rb") as reader:
+        with os.fdopen(failed, "rb") as reader:
             problem = reader.read()
         if problem:
             os.waitpid(pid, 0)
@@ -154,8 +153,11 @@ class Command:
         for fd in {self._input, *self._outputs}:
             os.set_blocking(fd, False)
         for fd in self._outputs:
-            self._loop.watch(fd, select.EPOLLIN, lambda _, fd=fd: self._read(fd))  # type: ignore[misc]
+            self._loop.watch(fd, select.EPOLLIN, self._reader(fd))
         return pid
+
+    def _reader(self, fd: int) -> Callable[[int], object]:
+        return lambda _: self._read(fd)
 
     def _read(self, fd: int) -> bool:
         """Pass on what ``fd`` has; False when there is nothing more."""
@@ -186,7 +188,7 @@ class Command:
         """Read the outputs again: the channel has room."""
         for fd in self._outputs:
             if not self._loop.watched(fd):
-                self._loop.watch(fd, select.EPOLLIN, lambda _, fd=fd: self._read(fd))  # type: ignore[misc]
+                self._loop.watch(fd, select.EPOLLIN, self._reader(fd))
 
     def feed(self, data: bytes) -> None:
         """Queue ``data`` for the command's standard input; no data is end of file."""
@@ -283,7 +285,7 @@ def _become(
         for number in (signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.chdir(cwd)
-        os.execvpe(argv[0], argv, env)
+        os.execvpe(argv[0], argv, env)  # noqa: S606  (what an agent is for)
     except OSError as error:
         os.write(report, struct.pack("<i", error.errno or errno.EIO))
     finally:
@@ -427,7 +429,7 @@ class Port:
 def power_off() -> None:
     """End Dom0 and with it the hypervisor. The root file system is a throw-away copy."""
     os.sync()
-    os.spawnl(os.P_NOWAIT, "/bin/busybox", "poweroff", "-n", "-f")
+    os.posix_spawn("/bin/busybox", ["poweroff", "-n", "-f"], ENVIRONMENT)
 
 
 def ports(count: int) -> list[Path]:

@@ -1,0 +1,64 @@
+"""Tests that run in Dom0 of a lab: which ones belong to the boot that we are in.
+
+A test without a mark runs on a host without xenstored; marks say otherwise:
+
+    xenstored   only on a host that runs xenstored
+    anyhost     on a host without xenstored and on one with it
+    systemd     only on a host whose first process is systemd
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MARKS = {
+    "xenstored": "runs on a host with xenstored",
+    "anyhost": "runs on a host with xenstored and on one without",
+    "systemd": "runs on a host booted by systemd",
+}
+
+
+def host_kind() -> str:
+    """What this host is: "noxs", "xenstored", "systemd", or "" outside Dom0."""
+    if not Path("/proc/xen/xsd_port").exists():
+        return ""
+    if Path("/run/systemd/system").is_dir() and Path("/proc/1/comm").read_text() == "systemd\n":
+        return "systemd"
+    running = subprocess.run(
+        ["pgrep", "-x", "xenstored|oxenstored"], check=False, capture_output=True
+    )
+    return "xenstored" if running.returncode == 0 else "noxs"
+
+
+def belongs(item: pytest.Item, kind: str) -> bool:
+    marks = {mark.name for mark in item.iter_markers()} & MARKS.keys()
+    if not marks:
+        return kind == "noxs"
+    return kind in marks or ("anyhost" in marks and kind in ("noxs", "xenstored"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, text in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kind = host_kind()
+    if not kind:
+        if not config.option.collectonly:
+            raise pytest.UsageError("tests/lab runs in Dom0: scripts/test lab")
+        return
+    others = [item for item in items if not belongs(item, kind)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+def pytest_report_header() -> str:
+    version = Path("/sys/hypervisor/version")
+    xen = ".".join((version / part).read_text().strip() for part in ("major", "minor"))
+    return f"host: Xen {xen}, {os.uname().release}, {host_kind()}"

@@ -1,0 +1,217 @@
+"""Sizes, records, crash signs, sources: the lab's host side without QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab import cache, cli, machine, project, serial, suite
+from lab.errors import UsageError
+from lab.machine import Machine, Options, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512M", 512 << 20), ("17G", 17 << 30), ("2048K", 2 << 20), ("64", 64 << 20), ("1g", 1 << 30)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@given(st.text(max_size=8))
+def test_any_other_size_is_refused(text: str) -> None:
+    with contextlib.suppress(UsageError):
+        assert parse_size(text) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (Options(memory=1 << 50), "does not fit this machine"),
+        (Options(memory=1 << 30, dom0_memory=1 << 30), "does not fit a lab of 1024 MB"),
+        (Options(dom0_memory=64 << 20), "does not start in 64 MB"),
+        (Options(cpus=10_000), "this machine has"),
+        (Options(cpus=0), "this machine has"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: Options, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        options.check()
+
+
+@pytest.mark.parametrize(
+    ("line", "sign"),
+    [
+        (b"(XEN) Panic on CPU 0:", "Xen panicked"),
+        (
+            b"[   11.9] Kernel panic - not syncing: sysrq triggered crash",
+            "Dom0's kernel panicked: sysrq triggered crash",
+        ),
+        (b"(XEN) Hardware Dom0 crashed: rebooting machine in 5 seconds.", "Dom0 crashed"),
+        (b"lab init: a mount failed (see above)", "Dom0 did not start: a mount failed (see above)"),
+        (b"(d3) Kernel panic - not syncing: a guest may write what it likes", ""),
+        (b"(XEN) Brought up 2 CPUs", ""),
+        (b"lab init: some modules did not load", ""),
+    ],
+)
+def test_signs_of_a_crash(line: bytes, sign: str) -> None:
+    assert serial.crash_in(line) == sign
+
+
+def test_a_log_is_followed_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "serial.log"
+    log = serial.SerialLog(path)
+    assert log.crash() == ""
+    with path.open("wb") as file:
+        for part, sign in [
+            (b"(XEN) fine\r\n(XEN) Pani", ""),
+            (b"c on CP", ""),
+            (b"U 1:\r\n", "Xen panicked"),
+            (b"(XEN) more\r\n", ""),
+        ]:
+            file.write(part)
+            file.flush()
+            assert log.crash() == sign
+    assert log.tail().splitlines()[-1] == "(XEN) more"
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with subprocess.Popen(["sleep", "60"]) as process:
+        lab = Machine(
+            verb="up",
+            options=Options(memory=1 << 30),
+            folder=tmp_path / "folder",
+            token="00",
+            tree="/src",
+            since=time.time(),
+            pid=process.pid,
+            started=machine._start_time(process.pid),
+        )
+        lab.folder.mkdir()
+        lab.save()
+        yield lab
+        process.kill()
+
+
+def test_the_record_survives_and_ends_with_its_process(record: Machine) -> None:
+    found = machine.current()
+    assert found is not None
+    assert (found.options, found.folder, found.pid) == (record.options, record.folder, record.pid)
+    assert found.alive()
+    assert not found.wait(0)
+    found.kill()
+    assert not found.alive()
+    assert machine.current() is None
+    assert not record.folder.exists()
+
+
+def test_a_reused_pid_is_not_ours(record: Machine) -> None:
+    record.started += 1
+    record.save()
+    assert machine.current() is None
+    os.kill(record.pid, 0)
+
+
+def test_a_broken_record_is_no_lab(record: Machine) -> None:
+    (cache.directory() / "lab.json").write_text("{")
+    assert machine.current() is None
+
+
+def test_the_wheel_depends_on_sources_alone(tmp_path: Path) -> None:
+    (tmp_path / "chaos").mkdir()
+    (tmp_path / "chaos" / "a.py").write_text("1")
+    (tmp_path / "tests").mkdir()
+    before = project.digest(tmp_path)
+    (tmp_path / "tests" / "test_a.py").write_text("")
+    (tmp_path / "chaos" / "__pycache__").mkdir()
+    (tmp_path / "chaos" / "__pycache__" / "a.pyc").write_text("")
+    os.utime(tmp_path / "chaos" / "a.py", (0, 0))
+    assert project.digest(tmp_path) == before
+    (tmp_path / "chaos" / "a.py").write_text("2")
+    assert project.digest(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["run", "--debian", "9", "--", "true"], "invalid choice"),
+        (["run", "--memory", "much", "--", "true"], "not a memory size"),
+        (["run", "--timeout", "-1", "--", "true"], "number of seconds"),
+        (["run"], "CMD"),
+        (["nonsense"], "invalid choice"),
+        ([], "VERB"),
+    ],
+)
+def test_a_wrong_command_line_is_status_2(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as status:
+        cli.main(argv)
+    assert status.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["build", "run", "shell", "up", "exec", "down", "status"])
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        cli.main([verb, "--help"])
+    assert status.value.code == 0
+    assert "exit status" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_lab")
+def test_exec_and_down_without_a_lab(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["exec", "--", "true"]) == 125
+    assert "no lab is up (scripts/lab up boots one)" in capsys.readouterr().err
+    assert cli.main(["down"]) == 0
+    assert cli.main(["status", "--json"]) == 0
+    assert '"running": null' in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_lab")
+def test_a_bad_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "-e", "novalue", "--", "true"]) == 2
+    assert "NAME=VALUE" in capsys.readouterr().err
+
+
+def test_the_summary_counts_and_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "print('===== 3 passed, 1 skipped in 0.10s =====')"
+    monkeypatch.setattr(suite.debian, "ensure", lambda *_: None)
+    monkeypatch.setattr(
+        suite,
+        "_parts",
+        lambda _: iter(
+            [
+                suite.Part("good", [sys.executable, "-c", script]),
+                suite.Part("empty", [sys.executable, "-c", "raise SystemExit(5)"], True),
+            ]
+        ),
+    )
+    monkeypatch.chdir(cache.TREE)
+    assert suite.main([]) == 0
+    assert "3 passed, 1 skipped in 0.10s" in capsys.readouterr().out.split("summary")[1]
+    bad = suite.Part("bad", ["false"])
+    monkeypatch.setattr(suite, "_parts", lambda _: iter([bad]))
+    assert suite.main([]) == 1
+    assert "FAILED (status 1)" in capsys.readouterr().out
