@@ -237,8 +237,12 @@ def admission(group: int) -> Callable[[socket, int, int], bool]:
             return True
         if group < 0:
             return False
-        members = sock.getsockopt(SOL_SOCKET, SO_PEERGROUPS, 4096)
-        return group in memoryview(members).cast("I")
+        try:
+            groups = sock.getsockopt(SOL_SOCKET, SO_PEERGROUPS, 1024)
+        except OSError as error:
+            log(f"the groups of a process of user {uid}: {error.strerror}")
+            return False
+        return group in memoryview(groups).cast("I")
 
     return admit
 

@@ -6,7 +6,8 @@ private store per stock guest) is a tree of its own: nothing is shared between v
 Errors and conflict rules are those of C xenstored (tools/xenstored/core.c, transaction.c): every
 change gives a node a new generation, creating or removing a child changes its parent too, and a
 commit succeeds if no node that the transaction accessed has another generation than when it was
-first accessed. Between a transaction's start and end its own accesses see the nodes as first seen.
+first accessed. A transaction sees each node as it was then; nodes that others changed in between
+may not fit together, which is why such a transaction must not, and cannot, commit.
 """
 
 from collections.abc import Iterator
@@ -300,6 +301,8 @@ class Tree:
 
     def _drop(self, tx: Transaction | None, path: bytes) -> list[Change]:
         above = self.get(tx, parent(path))
+        if above is None:
+            raise StoreError(b"EINVAL")  # seen at different times; the commit will fail
         changes: list[Change] = [(p, p != path, n, None) for p, n in self.walk(tx, path)]
         for name, _, node, _ in changes:
             assert node is not None
@@ -310,10 +313,9 @@ class Tree:
                 tx.nodes[name] = None
                 tx.own.add(name)
         self.generation += len(changes)
-        assert above is not None
         above = self._own(tx, parent(path), above)
-        assert above.children is not None
-        del above.children[path[path.rfind(b"/") + 1 :]]
+        if above.children is not None:
+            above.children.pop(path[path.rfind(b"/") + 1 :], None)
         return changes
 
     def walk(self, tx: Transaction | None, path: bytes) -> Iterator[tuple[bytes, Node]]:
@@ -325,7 +327,9 @@ class Tree:
                 yield name, node
                 continue
             node = self.get(tx, name)
-            assert node is not None, name
+            if node is None:
+                assert tx is not None, name
+                continue
             if not node.children:
                 yield name, node
                 continue

@@ -113,7 +113,7 @@ def strings(payload: bytes) -> list[bytes]:
 
 def one_string(payload: bytes) -> bytes:
     """The single string of a payload with exactly one nul, at its end. EINVAL otherwise."""
-    if payload.find(b"\0") != len(payload) - 1:
+    if not payload or payload.find(b"\0") != len(payload) - 1:
         raise StoreError(b"EINVAL")
     return payload[:-1]
 
