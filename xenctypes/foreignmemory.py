@@ -83,7 +83,7 @@ class ForeignMemory(Handle):
         )
 
     def resource_size(self, domid: int, type: int, id: int) -> int:  # noqa: A002 - as in C
-        """The size in bytes of a resource (XENMEM_resource_*) of a domain."""
+        """The size in bytes of a resource (XENMEM_resource_*) of a domain; 0 if it has none."""
         size = c_size_t()
         self._lib.xenforeignmemory_resource_size(self.raw, domid, type, id, byref(size))
         return size.value

@@ -100,10 +100,10 @@ def test_an_unknown_release_is_refused() -> None:
 
 def test_mirrors_are_the_hosts_own(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        ("http://other.example/debian", "Docker", "bookworm"),
-        ("mirror+file:/etc/apt/mirrors", "Debian", "bookworm"),
-        ("http://mirror.example/debian", "Debian", "bookworm"),
-        ("http://mirror.example/security", "Debian", "bookworm-security"),
+        ("http://other.example/debian", "bookworm"),
+        ("http://mirror.example/debian", "bookworm"),
+        ("http://mirror.example/debian", "bookworm-updates"),
+        ("http://mirror.example/security", "bookworm-security"),
     ]
     monkeypatch.setattr(debian, "_targets", lambda: rows)
     assert debian.sources(release.release("13")) == [

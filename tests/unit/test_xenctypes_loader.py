@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from xenctypes.releases import Release
 
 
@@ -167,3 +167,20 @@ def test_installed_needs_both_libraries(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(loader, "load", missing)
     with pytest.raises(LibraryMissing, match=r"no libxenctrl of Xen 4\.17 to 4\.22"):
         installed()
+
+
+def test_the_bindings_import_little() -> None:
+    """Each command and builder process pays for it: bench/load_libraries.py."""
+    script = """
+import sys
+import ctypes, select
+before = set(sys.modules)
+import xenctypes.call, xenctypes.ctrl, xenctypes.devicemodel, xenctypes.evtchn
+import xenctypes.foreignmemory, xenctypes.gnttab, xenctypes.guest
+print(*sorted(name for name in set(sys.modules) - before if not name.startswith("xenctypes")))
+"""
+    root = Path(loader.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert set(done.stdout.split()) <= {"__future__", "time"}
