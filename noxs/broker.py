@@ -5,21 +5,29 @@ done: the kernel's bytes (xenbus.py) and the sockets' requests. Sockets die with
 clients connect again, and a request whose reply was lost may be sent again.
 """
 
+from __future__ import annotations
+
 import os
 import select
 from _socket import SO_PEERCRED, SOL_SOCKET, socket  # the socket module takes 10 ms to import
-from collections.abc import Callable
 from struct import Struct
-from typing import Any
 
 from noxs import snapshot, wire
-from noxs.journal import Journal
 from noxs.requests import handle
 from noxs.snapshot import KERNEL
 from noxs.store import Connection, Store
-from noxs.wire import Decoder, Message
-from noxs.xenbus import RECORD, XenBus
+from noxs.wire import Decoder
+from noxs.xenbus import RECORD
 from xenctypes.errors import StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from noxs.journal import Journal
+    from noxs.wire import Message
+    from noxs.xenbus import XenBus
 
 BACKLOG_MAX = 1 << 20
 """Bytes that may wait for a client that does not read; with more it is closed."""

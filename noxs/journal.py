@@ -11,12 +11,17 @@ crc + the record. The crc is CRC-32. Nothing is synced: the journal outlives the
 boot, and belongs on a tmpfs.
 """
 
+from __future__ import annotations
+
 import os
 import struct
 from binascii import crc32
-from collections.abc import Callable
 
 from xenctypes.errors import StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAGIC = b"noxs"
 VERSION = 1

@@ -5,6 +5,8 @@ that holds nothing but their file descriptors. The socket belongs to root: its d
 entered by all, its mode is 0600 (0660 with ``--group``), and the peer's credentials are checked.
 """
 
+from __future__ import annotations
+
 import fcntl
 import gc
 import mmap
@@ -14,13 +16,16 @@ import sys
 # The signal and socket modules, written in Python, take 7 and 10 ms to import.
 from _signal import SIGINT, SIGTERM, signal  # type: ignore[import-not-found]  # no stub has it
 from _socket import AF_UNIX, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, socket
-from collections.abc import Callable
 
 from noxs.broker import Broker
 from noxs.journal import Journal
 from noxs.ring import PAGE_SIZE, Ring
 from noxs.xenbus import XenBus
 from xenctypes.errors import BusError, ChaosError, PermissionDenied, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SOCKET = "/run/noxs/socket"
 STATE = "/run/noxs/journal"

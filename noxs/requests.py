@@ -4,11 +4,9 @@ Semantics and error names follow docs/misc/xenstore.txt and tools/xenstored (cor
 transaction.c, domain.c). Unlike it, a store here does not ask the hypervisor which domains exist.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
 from noxs import wire
-from noxs.store import Connection, Store
-from noxs.tree import Transaction
 from noxs.wire import (
     DOMID_SELF,
     ERROR,
@@ -22,6 +20,15 @@ from noxs.wire import (
     parse_domid,
     strings,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from noxs.store import Connection, Store
+    from noxs.tree import Transaction
+
+    Handler = Callable[[Store, Connection, Transaction | None, bytes], bytes]
 
 OK = b"OK\0"
 INTRODUCED = b"@introduceDomain"
@@ -272,8 +279,6 @@ def _control(store: Store, _conn: Connection, _tx: Transaction | None, payload: 
         return OK
     raise StoreError(b"EINVAL")
 
-
-Handler = Callable[[Store, Connection, Transaction | None, bytes], bytes]
 
 HANDLERS: dict[int, Handler] = {
     wire.CONTROL: _control,

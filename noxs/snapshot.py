@@ -6,11 +6,18 @@ connections only those with an open transaction are kept, for the log's sake, an
 are not.
 """
 
-import marshal
-from typing import Any
+from __future__ import annotations
 
-from noxs.store import Connection, Store
+import marshal
+
+from noxs.store import Connection
 from noxs.tree import Node, Transaction
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from noxs.store import Store
 
 FORMAT = 4
 KERNEL = 0

@@ -6,7 +6,7 @@ owns the transport takes them from there. Equal sequences of requests give equal
 journal rests on that.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
 
 from noxs.tree import Caller, Change, Quota, Transaction, Tree
 from noxs.wire import (
@@ -19,13 +19,17 @@ from noxs.wire import (
     parent,
 )
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 
 class Watch:
     """A registered watch; ``skip`` bytes of an event's path are left out for a relative one."""
 
     __slots__ = ("conn", "order", "path", "skip", "token")
 
-    def __init__(self, conn: "Connection", path: bytes, token: bytes, skip: int) -> None:
+    def __init__(self, conn: Connection, path: bytes, token: bytes, skip: int) -> None:
         self.conn = conn
         self.path = path
         self.token = token

@@ -10,7 +10,7 @@ first accessed. A transaction sees each node as it was then; nodes that others c
 may not fit together, which is why such a transaction must not, and cannot, commit.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
 
 from noxs.wire import (
     PERM_NONE,
@@ -21,6 +21,10 @@ from noxs.wire import (
     StoreError,
     parent,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = b"/"
 ABSENT = -1
@@ -98,7 +102,7 @@ class Node:
         self.children = children
         self.generation = generation
 
-    def copy(self) -> "Node":
+    def copy(self) -> Node:
         """A node that may change without changing this one."""
         children = dict(self.children) if self.children else None
         return Node(self.value, self.perms, children, self.generation)

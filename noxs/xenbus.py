@@ -13,16 +13,34 @@ and the stream to the kernel follow from the journal. So a request is handled ex
 reply sent exactly once.
 """
 
-from struct import Struct
-from typing import Any, Protocol
+from __future__ import annotations
 
-from noxs.journal import Journal
+from struct import Struct
+
 from noxs.requests import handle
 from noxs.ring import ERROR_PROTO, ERROR_RINGIDX, SIZE, Ring, RingError
 from noxs.snapshot import KERNEL
-from noxs.store import Connection, Store
+from noxs.store import Connection
 from noxs.wire import Decoder
 from xenctypes.errors import StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
+
+    from noxs.journal import Journal
+    from noxs.store import Store
+
+    class Channel(Protocol):
+        """A ring's event channel, bound; readable while an event waits."""
+
+        def fileno(self) -> int: ...  # noqa: D102 - as for files
+        def take(self) -> None:
+            """Take the waiting event, and let the next one through."""
+
+        def notify(self) -> None:
+            """Wake the peer. A system call, hence a full memory barrier."""
+
 
 RECORD = Struct("<BI")
 """How a journal record starts: its kind, and the position or the connection it belongs to."""
@@ -34,17 +52,6 @@ store, whether an event is needed (xb_write() in xenbus_comms.c), so one can be 
 
 ROUNDS = 32
 _U32 = 0xFFFFFFFF
-
-
-class Channel(Protocol):
-    """The event channel of a ring, bound; its file descriptor is readable while an event waits."""
-
-    def fileno(self) -> int: ...  # noqa: D102 - as for files
-    def take(self) -> None:
-        """Take the waiting event, and let the next one through."""
-
-    def notify(self) -> None:
-        """Wake the peer. A system call, hence a full memory barrier."""
 
 
 class XenBus:
