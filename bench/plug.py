@@ -1,0 +1,228 @@
+"""What plugging a vif costs: netlink by hand, by pyroute2, by the ip command; xl with and without.
+
+The first part runs anywhere as root, in a network namespace of its own::
+
+    python3 bench/plug.py --count 200
+
+With ``--burst N``, in Dom0 with xendevd running, N vifs appear at once; the time is from the
+nodes' commit to the last verdict, and to the last interface, which is netback's own share::
+
+    scripts/lab run -- sh -c 'noxsd & sleep 2; xendevd & python3 bench/plug.py --burst 1000'
+
+With ``--xl``, in Dom0 of a host with xenstored, `xl create` of one guest is timed without a vif,
+with one plugged by vif-bridge, and with one plugged by xendevd, in turn::
+
+    scripts/lab run --xenstored -- sh -c 'xendevd & python3 bench/plug.py --xl'
+
+Prints JSON: milliseconds (median, p99, min) and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import json
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import monotonic, perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+from noxs import hotplug
+from noxs.bus import Bus
+from xendevd import bridge
+from xendevd.netlink import Rtnetlink
+from xendevd.plan import VifPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CLONE_NEWNET = 0x40000000
+TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 2, 0x1000
+XL_CONF = Path("/etc/xen/xl.conf")
+GUEST = """\
+name = "bench-plug"
+kernel = "/src/guests/build/hello.elf"
+memory = 16
+"""
+VIF = 'vif = ["bridge=xenbr0,script={script}"]\n'
+
+
+def clock(action: Callable[[], object]) -> float:
+    start = perf_counter_ns()
+    action()
+    return (perf_counter_ns() - start) / 1e6
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    ordered = sorted(samples)
+    return {
+        "count": len(ordered),
+        "median_ms": statistics.median(ordered),
+        "p99_ms": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
+        "min_ms": ordered[0],
+    }
+
+
+def ways(count: int) -> dict[str, Any]:
+    """Enslave, resize and bring up taps, each way in turn."""
+    from pyroute2 import IPRoute
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET) != 0:
+        raise SystemExit(f"no network namespace: {os.strerror(ctypes.get_errno())}")
+    subprocess.run(["ip", "link", "add", "br0", "type", "bridge"], check=True)
+    subprocess.run(["ip", "link", "set", "br0", "mtu", "1400", "up"], check=True)
+    rows: dict[str, list[float]] = {"raw": [], "pyroute2": [], "ip": []}
+    route, library = Rtnetlink(), IPRoute()
+    br0 = route.link("br0")
+    assert br0 is not None
+
+    def by_hand(name: str) -> None:
+        bridge.plug(route, VifPlan("", name, name, "br0"), br0)
+
+    def by_pyroute2(name: str) -> None:
+        index = library.link_lookup(ifname=name)[0]
+        library.link("set", index=index, mtu=br0.mtu, master=br0.ifindex)
+        library.link("set", index=index, state="up")
+
+    def by_command(name: str) -> None:
+        mtu = str(br0.mtu)
+        spawn("ip", "link", "set", name, "mtu", mtu, "master", "br0", "up")
+
+    actions = {"raw": by_hand, "pyroute2": by_pyroute2, "ip": by_command}
+    for number in range(count):
+        for way, action in actions.items():
+            name = f"{way}{number}"
+            fd = os.open("/dev/net/tun", os.O_RDWR)
+            request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI)
+            fcntl.ioctl(fd, TUNSETIFF, request)
+            rows[way].append(clock(lambda action=action, name=name: action(name)))  # type: ignore[misc]
+            link = route.link(name)
+            assert link is not None
+            assert (link.master, link.mtu, link.up) == (br0.ifindex, br0.mtu, True)
+            os.close(fd)
+    library.close()
+    result: dict[str, Any] = {way: summary(samples) for way, samples in rows.items()}
+    for way in ("pyroute2", "ip"):
+        result[f"{way}_over_raw"] = result[way]["median_ms"] / result["raw"]["median_ms"]
+    return result
+
+
+def spawn(*argv: str) -> None:
+    pid = os.posix_spawnp(argv[0], argv, os.environ)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit(f"failed: {' '.join(argv)}")
+
+
+def burst(count: int) -> dict[str, Any]:
+    """Many vifs at once, without guests."""
+    if not hotplug.running():
+        raise SystemExit("xendevd is not running")
+    with Bus.connect() as bus:
+        domids = range(20000, 20000 + count)
+        back = "/local/domain/0/backend/vif/{}/0".format
+        front = "/local/domain/{}/device/vif/0".format
+        bus.watch("/local/domain/0/backend/vif", "vifs")
+        start = monotonic()
+        for at in range(0, count, 32):
+            with bus.transaction() as nodes:
+                for domid in domids[at : at + 32]:
+                    nodes.write_many(_nodes(domid, back(domid), front(domid)))
+        written = monotonic()
+        waiting = set(domids)
+        while waiting:
+            some = sorted(waiting)[:128]
+            states = bus.read_many(f"{back(domid)}/{hotplug.STATUS}" for domid in some)
+            done = {domid for domid, state in zip(some, states, strict=True) if state}
+            waiting -= done
+            if not done:
+                bus.events(60.0)
+        plugged = monotonic()
+        bus.rm_many([front(domid) for domid in domids])
+        bus.rm_many([back(domid) for domid in domids])
+        while any(Path("/sys/bus/xen-backend/devices").glob("vif-2????-0")):
+            bus.events(0.1)
+    return {
+        "vifs": count,
+        "nodes_written_s": written - start,
+        "all_plugged_s": plugged - start,
+        "per_vif_ms": (plugged - start) * 1000 / count,
+        "removed_s": monotonic() - plugged,
+    }
+
+
+def _nodes(domid: int, back: str, front: str) -> list[tuple[str, str]]:
+    mac = f"00:16:3e:77:{domid >> 8 & 255:02x}:{domid & 255:02x}"
+    frontend = {"backend": back, "backend-id": "0", "state": "1", "handle": "0", "mac": mac}
+    backend = {
+        "frontend": front,
+        "frontend-id": str(domid),
+        "online": "1",
+        "state": "1",
+        "handle": "0",
+        "mac": mac,
+        "bridge": "xenbr0",
+        "script": "vif-xendevd",
+        hotplug.STATUS: hotplug.PENDING,
+    }
+    return [
+        *((f"{front}/{key}", value) for key, value in frontend.items()),
+        *((f"{back}/{key}", value) for key, value in backend.items()),
+    ]
+
+
+def xl(count: int) -> dict[str, Any]:
+    """`xl create` of a paused guest, and what its vif adds."""
+    if not hotplug.running():
+        raise SystemExit("xendevd is not running")
+    scripts = {
+        "no_vif": "",
+        "vif_bridge": VIF.format(script="vif-bridge"),
+        "vif_xendevd": VIF.format(script="/usr/local/bin/vif-xendevd"),
+        "bin_true": VIF.format(script="/bin/true"),
+    }
+    rows: dict[str, list[float]] = {name: [] for name in scripts}
+    gone: dict[str, list[float]] = {name: [] for name in scripts}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, vif in scripts.items():
+            Path(folder, name).write_text(GUEST + vif)
+        for _ in range(count):
+            for name in scripts:
+                create = ["xl", "create", "-q", "-p", f"{folder}/{name}"]
+                rows[name].append(clock(lambda create=create: spawn(*create)))  # type: ignore[misc]
+                gone[name].append(clock(lambda: spawn("xl", "destroy", "bench-plug")))
+    result: dict[str, Any] = {name: summary(samples) for name, samples in rows.items()}
+    result["destroy"] = {name: summary(samples) for name, samples in gone.items()}
+    base = result["no_vif"]["median_ms"]
+    script = result["vif_bridge"]["median_ms"]
+    for name in ("vif_xendevd", "bin_true"):
+        result[f"{name}_speedup"] = script / result[name]["median_ms"]
+        result[f"{name}_vif_cost_ratio"] = (result[name]["median_ms"] - base) / (script - base)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=100, help="samples of each row")
+    parser.add_argument("--burst", type=int, metavar="N", help="N vifs at once, in Dom0")
+    parser.add_argument("--xl", action="store_true", help="time xl create, in Dom0")
+    args = parser.parse_args()
+    if args.burst:
+        result = burst(args.burst)
+    elif args.xl:
+        result = xl(args.count)
+    else:
+        result = ways(args.count)
+    json.dump(result, sys.stdout, indent=2)
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
