@@ -174,6 +174,8 @@ class Session:
             self._out += encode(Kind.START, json.dumps(start).encode())
         except ValueError:
             raise LabError("the command line and its environment are too long") from None
+        if stdin is None:
+            self._out += encode(Kind.STDIN)
         kept = bytearray()
         deadline = time.monotonic() + request.timeout if request.timeout else None
         with _signals(self, terminal=request.terminal) as wake:

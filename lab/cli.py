@@ -268,9 +268,7 @@ def _booted(
 
 
 def _install(lab: Machine, session: Session, wheel: str) -> None:
-    request = Request(
-        ["python3", "/run/lab/lab/dom0/install.py", f"/wheels/{wheel}"], cwd="/", timeout=120
-    )
+    request = Request(["python3", "/run/lab/lab/dom0/install.py", f"/wheels/{wheel}"], cwd="/")
     if session.run(request, quiet=True):
         raise LabError(f"the wheel {wheel} does not install in Dom0")
     lab.wheel = wheel

@@ -64,24 +64,23 @@ def ensure(commands: Iterable[str] = (), headers: Iterable[str] = ()) -> None:
 
 def mirrors() -> tuple[str, str]:
     """URIs of the archive and of its security companion, as the host's apt has them."""
-    archive, security = "", ""
-    for uri, origin, suite in _targets():
-        if origin != "Debian" or not uri.startswith(("http://", "https://")):
-            continue
-        if suite.endswith("-security"):
-            security = security or uri
-        else:
-            archive = archive or uri
+    targets = _targets()
+    archive = next((uri for uri, suite in targets if suite.endswith("-updates")), None)
+    security = next((uri for uri, suite in targets if suite.endswith("-security")), None)
     return archive or DEFAULT_ARCHIVE, security or DEFAULT_SECURITY
 
 
-def _targets() -> list[tuple[str, str, str]]:
-    """The (URI, origin, suite) of each package index that apt has fetched."""
+def _targets() -> list[tuple[str, str]]:
+    """The (URI, suite) of each package index in apt's sources, fetched or not.
+
+    What Debian's own archive is shows in its suites: nobody else has a -updates and
+    a -security companion.
+    """
     try:
         text = subprocess.run(
             [
-                *("apt-get", "indextargets"),
-                *("--format", "$(REPO_URI)\t$(ORIGIN)\t$(RELEASE)"),
+                *("apt-get", "indextargets", "--no-release-info"),
+                *("--format", "$(REPO_URI)\t$(RELEASE)"),
                 "Created-By: Packages",
             ],
             capture_output=True,
@@ -91,7 +90,11 @@ def _targets() -> list[tuple[str, str, str]]:
     except (OSError, subprocess.CalledProcessError):
         return []
     rows = [line.split("\t") for line in text.splitlines()]
-    return [(row[0].rstrip("/"), row[1], row[2]) for row in rows if len(row) == 3]
+    return [
+        (row[0].rstrip("/"), row[1])
+        for row in rows
+        if len(row) == 2 and row[0].startswith(("http://", "https://"))
+    ]
 
 
 def sources(release: Release) -> list[str]:

@@ -31,6 +31,9 @@ BACKLOG = 256 << 10
 """Bytes queued in one direction before the source is no longer read."""
 
 CHUNK = 32 << 10
+PIPE_BYTES = 64 << 10
+"""What a pipe holds unless somebody enlarged it (pipe(7))."""
+
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL for the command of a client that went away."""
 
@@ -159,23 +162,23 @@ class Command:
     def _reader(self, fd: int) -> Callable[[int], object]:
         return lambda _: self._read(fd)
 
-    def _read(self, fd: int) -> bool:
-        """Pass on what ``fd`` has; False when there is nothing more."""
+    def _read(self, fd: int) -> int:
+        """Pass on what ``fd`` has; return how many bytes, 0 when there is nothing more."""
         try:
             data = os.read(fd, CHUNK)
         except BlockingIOError:
-            return False
+            return 0
         except OSError:
             # A terminal whose last user is gone reads as EIO (pty(7)).
             data = b""
         if not data:
             self._close(fd)
-            return False
+            return 0
         self._port.send(encode_all(self._outputs[fd], data))
         if self._port.congested():
             for output in self._outputs:
                 self._loop.unwatch(output)
-        return True
+        return len(data)
 
     def _close(self, fd: int) -> None:
         self._loop.unwatch(fd)
@@ -238,12 +241,13 @@ class Command:
     def _ended(self, status: int) -> None:
         """The command is gone: send what it left in its pipes, then its status.
 
-        Children that it left behind may hold the pipes open for ever, so nobody waits
-        for the pipes to close.
+        Children that it left behind may hold the pipes open and write for ever, so nobody
+        waits for the pipes to close, and no more is read than a pipe holds.
         """
         for fd in list(self._outputs):
-            while fd in self._outputs and self._read(fd):
-                pass
+            left = PIPE_BYTES
+            while left > 0 and fd in self._outputs and (taken := self._read(fd)):
+                left -= taken
         self.release()
         self._port.ended(status)
 
