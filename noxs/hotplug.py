@@ -1,10 +1,10 @@
 """What a toolstack and xendevd agree on: who plugs a vif, and how one hears of it.
 
 docs/xendevd.md has the order of events. In short: the toolstack writes the
-backend's nodes with ``hotplug-status`` empty, which makes netback hold back its
-state 4 (connect in drivers/net/xen-netback/xenbus.c watches the node if it exists);
-xendevd plugs the interface and writes ``connected``, or ``error`` and beside it the
-cause.
+backend's nodes with ``hotplug-status`` empty; netback holds back its state 4 until
+the node says ``connected`` (hotplug_status_changed in
+drivers/net/xen-netback/xenbus.c); xendevd plugs the interface and writes that, or
+``error`` and beside it the cause.
 """
 
 import fcntl

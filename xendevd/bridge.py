@@ -11,14 +11,16 @@ VLANS_AT_ONCE = 1000  # an attribute has 65535 bytes, an entry 8
 
 
 class Gone(Exception):
-    """The interface has been removed: nobody waits for it any more."""
+    """The interface is not there any more: nobody waits for it."""
 
 
 def find_vif(route: Rtnetlink, plan: VifPlan) -> Link:
-    """The vif, under its first name or the wanted one (it was plugged before). Raises Gone."""
+    """The vif, under the name that its event gave. Raises Gone.
+
+    One that has been renamed since was plugged since, on an earlier event; what else
+    has the wanted name by now is not looked at.
+    """
     link = route.link(plan.vif)
-    if link is None and plan.ifname != plan.vif:
-        link = route.link(plan.ifname)
     if link is None:
         raise Gone
     return link

@@ -113,20 +113,19 @@ class Xendevd:
     def remove(self, *paths: str) -> None:
         """Remove vifs and wait until their interfaces are gone."""
         self.bus.rm_many(
-            f"/local/domain/{path.split('/')[-2]}/device/vif/{path.split('/')[-1]}"
-            for path in paths
+            "/local/domain/{1}/device/vif/{2}".format(*path.rsplit("/", 2)) for path in paths
         )
         self.bus.rm_many(paths)
         self.made = [path for path in self.made if path not in paths]
         devices = [Path(f"/sys/bus/xen-backend/devices/{device(path)}") for path in paths]
         wait(lambda: not any(map(Path.exists, devices)), "netback keeps its device")
-        for domid in {path.split("/")[-2] for path in paths}:
+        for domid in {path.rsplit("/", 2)[1] for path in paths}:
             for parent in (f"/local/domain/{domid}", f"/local/domain/0/backend/vif/{domid}"):
                 self.bus.rm(parent)
 
 
 def device(path: str) -> str:
-    return f"vif-{path.split('/')[-2]}-{path.split('/')[-1]}"
+    return "vif-{1}-{2}".format(*path.rsplit("/", 2))
 
 
 @pytest.fixture
@@ -204,7 +203,7 @@ def test_no_process_is_created_in_100_plugs(daemon: Xendevd) -> None:
             assert daemon.process is not None
             daemon.process.send_signal(signal.SIGSTOP)
             paths = daemon.vifs([(1000 + 100 * attempt + n, 0, {}) for n in range(100)])
-            names = [f"vif{path.split('/')[-2]}.0" for path in paths]
+            names = ["vif{1}.{2}".format(*path.rsplit("/", 2)) for path in paths]
             wait(lambda names=names: all(map(daemon.route.link, names)), "netback is slow")
             before = processes()
             daemon.process.send_signal(signal.SIGCONT)
@@ -229,10 +228,23 @@ def test_it_catches_up_after_a_crash(daemon: Xendevd) -> None:
     assert daemon.stop() == 0
 
 
+def test_it_outlives_the_store(daemon: Xendevd) -> None:
+    assert daemon.verdict(daemon.vif(901)) == ""
+    subprocess.run(["pkill", "-KILL", "-x", "noxsd"], check=True)
+    with Path("/run/noxsd.log").open("ab") as log:
+        subprocess.Popen(["noxsd"], stdout=log, stderr=log, start_new_session=True)
+    assert daemon.verdict(daemon.vif(902)) == ""
+    assert "there is no bridge" in daemon.verdict(daemon.vif(903, bridge="nowhere0"))
+    assert daemon.process is not None
+    assert daemon.process.poll() is None
+
+
 @pytest.mark.anyhost
 def test_a_vif_that_goes_at_once_leaves_no_nodes(daemon: Xendevd) -> None:
     for _ in range(20):
         path = daemon.vif(901)
+        # netback's probe writes nodes too: only after it is the vif xendevd's alone.
+        daemon.bus.wait_for(f"{path}/state", "2".__eq__, PATIENCE)
         daemon.remove(path)
         assert daemon.bus.get(path) is None
 
