@@ -153,7 +153,7 @@ class Builder:
             raise
         if not reply:
             raise self._died(request["do"])
-        answer = msgpack.unpackb(reply, strict_map_key=True, max_buffer_size=MESSAGE_MAX)
+        answer = msgpack.unpackb(reply, strict_map_key=True)
         if "error" in answer:
             kind, message, hint = answer["error"]
             raise (ImageError if kind == "image" else XenError)(str(message), hint=str(hint))

@@ -93,7 +93,7 @@ def _run(arguments: list[str], *, verbose: bool) -> int:
     parser.set_defaults(verb=name)
     parser.add_argument("-v", "--verbose", action="store_true", help="show the chain of causes")
     module.configure(parser, name)
-    args = parser.parse_args(rest)
+    args = parser.parse_intermixed_args(rest)
 
     from chaos.host import Host
     from chaos.invocation import Invocation

@@ -7,11 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from chaos import config as configuration
 from chaos.builder import Builder
-from chaos.console import Console
 from chaos.create import CREATE_STEPS, UNPAUSED_STEPS, Creation, profile_json, wait_ready
-from chaos.foreground import stay
 from chaos.progress import progress
-from chaos.terminal import attach
 from xenctypes.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,6 +77,8 @@ def run(call: Invocation) -> int:
                 creation.undo()
             raise
         if args.foreground:
+            from chaos.foreground import stay
+
             return stay(call, builder, made[0])
     return 0 if args.console else _report(call, made)
 
@@ -145,6 +144,9 @@ def _create(call: Invocation, builder: Builder, config: DomainConfig) -> Creatio
 
 
 def _console(call: Invocation, creation: Creation, *, start: bool) -> None:
+    from chaos.console import Console
+    from chaos.terminal import attach
+
     assert creation.record is not None
     with Console(call.host, call.names, creation.record) as console:
         if start:
