@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
  * A daytime server (RFC 867) on TCP and UDP port 13, on every vif of the device page, with the
- * addresses that the page gives it.
+ * addresses that the page gives it. With ping=ADDRESS on its command line it pings, too.
  */
 #include "net.h"
 
@@ -97,6 +97,8 @@ void guest_main(void)
     }
     for (unsigned i = 0; i < interface_count; i++)
         ip_announce(&interfaces[i]);
+    if (interface_count)
+        ping_open(&interfaces[0]);
     print("daytime: %u interfaces\n", interface_count);
     guest_ready();
 
@@ -110,7 +112,7 @@ void guest_main(void)
             ports[count++] = queue->tx_evtchn;
     }
     for (;;) {
-        uint64_t now, next;
+        uint64_t now, next, at;
         int idle = 1;
 
         for (unsigned i = 0; i < count; i++)
@@ -120,9 +122,11 @@ void guest_main(void)
             idle &= receive(&interfaces[i]);
         now = system_time();
         next = tcp_timer(now);
+        at = ping_timer(now);
+        if (at < next)
+            next = at;
         for (unsigned i = 0; i < interface_count; i++) {
-            uint64_t at = ip_timer(&interfaces[i], now);
-
+            at = ip_timer(&interfaces[i], now);
             if (at < next)
                 next = at;
         }

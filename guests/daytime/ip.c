@@ -35,6 +35,11 @@ static uint16_t fold(uint64_t sum)
     return (uint16_t)~sum;
 }
 
+uint16_t ip_sum(const uint8_t *bytes, uint32_t length)
+{
+    return fold(add(0, bytes, length));
+}
+
 uint16_t ip_checksum(const struct path *path, uint8_t protocol, const uint8_t *payload,
                      uint32_t length)
 {
@@ -337,7 +342,7 @@ void ip_send(const struct path *path, uint8_t protocol, uint32_t length)
         put16(ip + 10, 0);
         memcpy(ip + 12, path->local, 4);
         memcpy(ip + 16, path->remote, 4);
-        put16(ip + 10, fold(add(0, ip, 20)));
+        put16(ip + 10, ip_sum(ip, 20));
     }
     who = find(on, path->v6, hop);
     ethernet(on, frame, who ? who->mac : everyone, path->v6 ? TYPE_IPV6 : TYPE_IPV4);
@@ -393,14 +398,18 @@ static void icmp_input(const struct path *path, const uint8_t *icmp, uint32_t le
 {
     uint8_t *reply;
 
-    if (length < 8 || icmp[0] != 8 || fold(add(0, icmp, length)) || length > ip_room(path))
+    if (length < 8 || ip_sum(icmp, length) || length > ip_room(path))
+        return;
+    if (icmp[0] == 0)
+        ping_reply(path, icmp, length);
+    if (icmp[0] != 8)
         return;
     reply = ip_begin(path);
     if (!reply)
         return;
     memcpy(reply, icmp, length);
     put32(reply, 0);
-    put16(reply + 2, fold(add(0, reply, length)));
+    put16(reply + 2, ip_sum(reply, length));
     ip_send(path, PROTOCOL_ICMP, length);
 }
 
@@ -475,7 +484,7 @@ static void port_unreachable(const struct path *path, const uint8_t *ip, uint32_
     icmp[1] = path->v6 ? 4 : 3;
     memcpy(icmp + 8, ip, length);
     put16(icmp + 2, path->v6 ? ip_checksum(path, PROTOCOL_ICMPV6, icmp, 8 + length)
-                             : fold(add(0, icmp, 8 + length)));
+                             : ip_sum(icmp, 8 + length));
     ip_send(path, path->v6 ? PROTOCOL_ICMPV6 : PROTOCOL_ICMP, 8 + length);
 }
 
@@ -555,7 +564,7 @@ static void ipv4_input(struct interface *on, const uint8_t *ip, uint32_t length,
         return;
     header = (ip[0] & 15) * 4u;
     total = get16(ip + 2);
-    if (header < 20 || total < header || total > length || fold(add(0, ip, header)) ||
+    if (header < 20 || total < header || total > length || ip_sum(ip, header) ||
         (get16(ip + 6) & 0x3fff) || !same(ip + 16, on->ipv4, 4))
         return;
     /* Answers go to single hosts only. */

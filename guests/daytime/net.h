@@ -87,6 +87,8 @@ uint32_t ip_room(const struct path *path);
 /* The checksum of a TCP, UDP or ICMPv6 payload whose own checksum field is 0; 0 if it is right. */
 uint16_t ip_checksum(const struct path *path, uint8_t protocol, const uint8_t *payload,
                      uint32_t length);
+/* The same without a pseudo header, for ICMP and IPv4's own. */
+uint16_t ip_sum(const uint8_t *bytes, uint32_t length);
 /* Ask again, forget; returns when to be called next. */
 uint64_t ip_timer(struct interface *on, uint64_t now);
 
@@ -94,6 +96,11 @@ uint64_t ip_timer(struct interface *on, uint64_t now);
 void tcp_open(void);
 void tcp_input(const struct path *path, const uint8_t *segment, uint32_t length);
 uint64_t tcp_timer(uint64_t now);
+
+/* ping.c */
+void ping_open(struct interface *on);
+void ping_reply(const struct path *path, const uint8_t *icmp, uint32_t length);
+uint64_t ping_timer(uint64_t now);
 
 /* daytime.c */
 uint32_t daytime_text(char *to, uint32_t size);

@@ -88,6 +88,8 @@ static void find_victims(void)
                 continue;
             add_region("rings", platform_map(queue.tx_pfn));
             add_region("rings", platform_map(queue.rx_pfn));
+            for (uint32_t k = 0; k < queue.posted_count && k < NOXS_MAX_POSTED; k++)
+                add_region("rings", platform_map(queue.posted_pfn + k));
             add_port(queue.tx_evtchn);
             add_port(queue.rx_evtchn);
         }

@@ -4,7 +4,7 @@
  *
  * The first half is the ABI, version 1; docs/noxs-abi.md is its contract. The second half
  * declares noxs.c, one file that any unikernel may drop in: it reads the page, answers the
- * toolstack, hands out the metadata and drives vifs. noxs.c needs the six noxs_os_*
+ * toolstack, hands out the metadata and drives vifs. noxs.c needs the five noxs_os_*
  * functions below, and memcpy() and memset() as every freestanding program does.
  *
  * No other header is needed: <stdint.h> and <stddef.h> are the compiler's own.

@@ -238,6 +238,8 @@ int main(int argc, char **argv)
     while (pages && fread(&pfn, 4, 1, pages) == 1)
         if (pfn >= PAGES || fread(memory[pfn], 4096, 1, pages) != 1)
             return 2;
+    if (getenv("GUEST_CMDLINE"))
+        format(platform.cmdline, sizeof(platform.cmdline), "%s", getenv("GUEST_CMDLINE"));
     platform.heap = 64;
     platform.heap_end = PAGES;
     platform.store = memory[atoi(argv[2])];

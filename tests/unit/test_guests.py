@@ -4,6 +4,7 @@ The stack runs here as a process under sanitizers (guest_host.c plays the machin
 guests themselves run in tests/lab.
 """
 
+import os
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -204,7 +205,9 @@ def payload_of(frame: bytes) -> tuple[int, bytes, bytes, bytes]:
 class Guest:
     """daytime in a process; each call returns the frames that it sent."""
 
-    def __init__(self, program: Path, folder: Path, given_page: page.Page, early: bytes) -> None:
+    def __init__(
+        self, program: Path, folder: Path, given_page: page.Page, early: bytes, cmdline: str
+    ) -> None:
         area = page.encode(given_page)
         pages = folder / "pages"
         pfns = (40, *given_page.more_pages)
@@ -219,6 +222,7 @@ class Guest:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env={**os.environ, "GUEST_CMDLINE": cmdline},
         )
         self.first = self.sent()
 
@@ -257,12 +261,15 @@ class Guest:
         assert len(self.send(solicit(PEER6, IP6))) == 1
 
     def close(self) -> None:
+        if self.process.returncode is not None:
+            return
         assert self.process.stdin
         assert self.process.stderr
         self.process.stdin.close()
         complaints = self.process.stderr.read().decode(errors="replace")
         assert self.process.wait() == 0, complaints
         assert "runtime error" not in complaints
+        self.said = complaints
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +289,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         GUESTS / "daytime/daytime.c",
         GUESTS / "daytime/ip.c",
         GUESTS / "daytime/tcp.c",
+        GUESTS / "daytime/ping.c",
     ):
         extra = libc if source.name == "lib.c" else []
         objects.append(folder / f"{source.stem}.o")
@@ -298,7 +306,7 @@ Start = Callable[..., Guest]
 def start(program: Path, tmp_path: Path) -> Iterator[Start]:
     running = []
 
-    def run(early: bytes = b"", posted: int = 8) -> Guest:
+    def run(early: bytes = b"", posted: int = 8, cmdline: str = "") -> Guest:
         queue = page.VifQueue(1000, 8, 1001, 9, 7, 7, 1002, 16, posted)
         vif = page.Vif(
             0,
@@ -322,7 +330,7 @@ def start(program: Path, tmp_path: Path) -> Iterator[Start]:
             more_pages=(41,),
         )
         assert decode(page.encode(given_page)) == given_page
-        guest = Guest(program, tmp_path, given_page, early)
+        guest = Guest(program, tmp_path, given_page, early, cmdline)
         running.append(guest)
         return guest
 
@@ -401,6 +409,23 @@ def test_a_frame_in_several_slots(start: Start) -> None:
     for _ in range(200):
         (reply,) = guest.send(ip(1, ping(1400)))
         assert payload_of(reply)[1][8:] == ping(1400)[8:]
+
+
+def test_it_pings(start: Start) -> None:
+    guest = start(cmdline="quiet ping=10.77.0.1 count=3")
+    assert guest.first[-1][20:] == b"\x00\x01" + MAC + IP4 + bytes(6) + PEER4
+    frames = guest.send(arp(2, PEER4, PEER_MAC, IP4)) + guest.sleep(1)
+    assert len(frames) == 3
+    for number, frame in enumerate(frames):
+        protocol, payload, source, to = payload_of(frame)
+        assert (protocol, source, to) == (1, IP4, PEER4)
+        assert payload[:2] + payload[4:8] == struct.pack(">BBHH", 8, 0, 5, number)
+        assert inet_sum(payload) == 0
+        answer = b"\0" + payload[1:2] + struct.pack(">H", inet_sum(bytes(4) + payload[4:]))
+        for _ in range(2):
+            assert guest.send(ip(1, answer + payload[4:])) == []
+    guest.close()
+    assert "ping: 3 sent, 3 received" in guest.said
 
 
 def test_ping6_and_neighbour_discovery(start: Start) -> None:
