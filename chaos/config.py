@@ -58,9 +58,12 @@ _WARNINGS_MAX = 20  # of unknown and of repeated settings; a hostile file could 
 # What the tree holds and a create cannot do yet: setting, whether a configuration asks for it, why.
 NOT_YET: tuple[tuple[str, Callable[[DomainConfig], bool], str], ...] = (
     ("type", lambda config: config.type != "pv", "domains of type pvh are not supported yet"),
-    ("vif", lambda config: bool(config.vifs), "network interfaces are not supported yet"),
+    (
+        "vif",
+        lambda config: any(vif.backend not in {"", "0", "Domain-0"} for vif in config.vifs),
+        "vifs served by another domain than Domain-0 are not supported yet",
+    ),
     ("disk", lambda config: bool(config.disks), "disks are not supported yet"),
-    ("noxs_metadata", lambda config: bool(config.metadata), "metadata is not supported yet"),
 )
 
 _HEX = frozenset("0123456789abcdefABCDEF")

@@ -361,7 +361,7 @@ def test_hello() -> None:
 def test_supported(key: str, wanted: Callable[[DomainConfig], bool], cause: str) -> None:
     text = {
         "type": "type = 'pvh'",
-        "vif": "vif = [ '' ]",
+        "vif": "vif = [ 'backend=driver' ]",
         "disk": "disk = [ '/a,raw,xvda' ]",
         "noxs_metadata": "noxs_metadata = 'a'",
     }[key]
