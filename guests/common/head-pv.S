@@ -45,8 +45,7 @@ hypercall_page:
 
         .bss
         .balign 4096
-        .globl  boot_stack
-boot_stack:
+        .globl  boot_stack_end
         .skip   32768
 boot_stack_end:
 

@@ -11,6 +11,7 @@ struct platform platform;
 struct noxs noxs;
 int have_noxs;
 int console_patient;
+unsigned page_changes;
 
 #define mb()  __asm__ volatile("mfence" : : : "memory")
 #define wmb() __asm__ volatile("" : : : "memory")
@@ -243,7 +244,10 @@ void guest_control(void)
         leave(SHUTDOWN_reboot);
         return;
     case NOXS_REQUEST_REREAD:
-        noxs_acknowledge(&noxs, noxs_reread(&noxs) ? NOXS_ACK_REFUSED : NOXS_ACK_OK);
+        if (noxs_reread(&noxs))
+            break;
+        page_changes++;
+        noxs_acknowledge(&noxs, NOXS_ACK_OK);
         return;
     case NOXS_REQUEST_SYSRQ:
         noxs_acknowledge(&noxs, NOXS_ACK_OK);
@@ -263,7 +267,7 @@ void guest_control(void)
 
 void *noxs_os_map(uint32_t pfn)
 {
-    return platform_map(pfn);
+    return platform.map(pfn);
 }
 
 void *noxs_os_page(void)
@@ -272,7 +276,7 @@ void *noxs_os_page(void)
         uint32_t pfn = platform.heap++;
 
         if (!have_noxs || !noxs_reserved(&noxs, pfn)) {
-            void *page = platform_map(pfn);
+            void *page = platform.map(pfn);
 
             if (page)
                 return memset(page, 0, NOXS_PAGE_SIZE);
@@ -283,12 +287,12 @@ void *noxs_os_page(void)
 
 uint32_t noxs_os_frame(const void *page)
 {
-    return platform_frame(page);
+    return platform.frame(page);
 }
 
 struct noxs_grant *noxs_os_grants(uint32_t *entries)
 {
-    return platform_map_grants(entries);
+    return platform.map_grants(entries);
 }
 
 void noxs_os_notify(uint32_t evtchn)

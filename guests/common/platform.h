@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
- * The machine under a guest. platform.c is common; pv.c knows what is particular to PV
- * (page tables, machine frames), so that another boot protocol is another file like it.
+ * The machine under a guest. platform.c is common; pv.c and pvh.c know what is particular to
+ * their boot protocols. Every image starts as either.
  */
 #ifndef PLATFORM_H
 #define PLATFORM_H
@@ -14,7 +14,7 @@
 #include "../../noxs/guest/noxs.h"
 
 struct platform {
-    const char *kind;    /* "PV" */
+    const char *kind;    /* "PV" or "PVH" */
     char cmdline[1024];
     struct shared_info *shared;
     struct xencons_interface *console;
@@ -23,17 +23,20 @@ struct platform {
     uint32_t store_evtchn;
     uint32_t heap, heap_end; /* pfns that nothing uses yet and that are mapped */
     uint32_t pages;      /* memory of this guest */
+
+    /* Filled in by the boot code. */
+    void *(*map)(uint32_t pfn);
+    uint32_t (*frame)(const void *page);
+    void *(*map_grants)(uint32_t *entries); /* once */
+    void (*mask_events)(void);              /* no upcall does harm, whatever shared_info says */
 };
+
+#define GRANT_FRAMES 4
 
 extern struct platform platform;
 /* noxs_open() succeeded: there is a device page. */
 extern struct noxs noxs;
 extern int have_noxs;
-
-/* pv.c */
-void *platform_map(uint32_t pfn);
-uint32_t platform_frame(const void *page);
-void *platform_map_grants(uint32_t *entries);
 
 /* platform.c: what the boot code calls once `platform` is filled in. */
 void platform_run(void) __attribute__((noreturn));
@@ -62,6 +65,8 @@ size_t console_read(char *to, size_t size);
 void guest_ready(void);
 /* Obey a request of the toolstack if there is one; does not return from a shutdown. */
 void guest_control(void);
+/* How often the toolstack has changed the page since the boot. */
+extern unsigned page_changes;
 /* Leave: exit code, message, state, then the hypervisor is told. */
 void guest_exit(unsigned reason, int code, const char *message) __attribute__((noreturn));
 

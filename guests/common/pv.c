@@ -14,8 +14,10 @@
 #define PTE_PRW     0x63ul /* present, writable, accessed, dirty; Xen adds the user bit */
 #define PTE_FRAME   0x000ffffffffff000ul
 
-#define GRANT_FRAMES 4
 #define WINDOW_PAGES (1 + GRANT_FRAMES)
+
+void masking_callback(void);
+void platform_start(const struct start_info *info, uint64_t stack) __attribute__((noreturn));
 
 static char window[WINDOW_PAGES][NOXS_PAGE_SIZE] __attribute__((aligned(NOXS_PAGE_SIZE)));
 static uint32_t window_used;
@@ -77,7 +79,7 @@ static void *map_far(uint32_t pfn)
     return (void *)((uint64_t)platform.heap_end << 12);
 }
 
-void *platform_map(uint32_t pfn)
+static void *map(uint32_t pfn)
 {
     uint64_t va = (uint64_t)pfn << 12;
 
@@ -88,12 +90,12 @@ void *platform_map(uint32_t pfn)
     return map_far(pfn);
 }
 
-uint32_t platform_frame(const void *page)
+static uint32_t frame(const void *page)
 {
     return (uint32_t)((page_entry((uint64_t)page) & PTE_FRAME) >> 12);
 }
 
-void *platform_map_grants(uint32_t *entries)
+static void *map_grants(uint32_t *entries)
 {
     struct gnttab_query_size size = {.dom = DOMID_SELF};
     uint64_t frames[GRANT_FRAMES];
@@ -131,7 +133,13 @@ static void *map_machine(uint64_t mfn)
 {
     uint32_t pfn = mfn ? mfn_to_pfn(mfn) : 0;
 
-    return pfn ? platform_map(pfn) : NULL;
+    return pfn ? map(pfn) : NULL;
+}
+
+static void mask_events(void)
+{
+    hypercall3(__HYPERVISOR_set_callbacks, (uint64_t)masking_callback,
+               (uint64_t)masking_callback, 0);
 }
 
 void platform_start(const struct start_info *info, uint64_t stack)
@@ -140,6 +148,10 @@ void platform_start(const struct start_info *info, uint64_t stack)
 
     start_info = info;
     platform.kind = "PV";
+    platform.map = map;
+    platform.frame = frame;
+    platform.map_grants = map_grants;
+    platform.mask_events = mask_events;
     platform.pages = (uint32_t)info->nr_pages;
     memcpy(platform.cmdline, info->cmd_line, sizeof(platform.cmdline) - 1);
     update_mapping(NULL, 0);

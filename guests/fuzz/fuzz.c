@@ -68,7 +68,7 @@ static void find_victims(void)
     struct noxs_vif vif;
     struct noxs_vbd vbd;
     uint32_t entries = 0, pfn;
-    uint8_t *grants = platform_map_grants(&entries);
+    uint8_t *grants = platform.map_grants(&entries);
 
     add_region("page", platform.store);
     add_region("console", platform.console);
@@ -79,23 +79,23 @@ static void find_victims(void)
     add_port(platform.console_evtchn);
     for (uint32_t i = 1; have_noxs && i < noxs.header.pages; i++)
         if (!noxs_read(&noxs, NOXS_MORE_PAGES_OFFSET + 4 * (i - 1), &pfn, sizeof(pfn)))
-            add_region("page", platform_map(pfn));
+            add_region("page", platform.map(pfn));
     for (uint32_t i = 0; have_noxs && noxs_vif(&noxs, i, &vif) == 0; i++)
         for (uint32_t q = 0; q < vif.dev.queues; q++) {
             struct noxs_vif_queue queue;
 
             if (noxs_vif_queue(&noxs, &vif, q, &queue))
                 continue;
-            add_region("rings", platform_map(queue.tx_pfn));
-            add_region("rings", platform_map(queue.rx_pfn));
+            add_region("rings", platform.map(queue.tx_pfn));
+            add_region("rings", platform.map(queue.rx_pfn));
             for (uint32_t k = 0; k < queue.posted_count && k < NOXS_MAX_POSTED; k++)
-                add_region("rings", platform_map(queue.posted_pfn + k));
+                add_region("rings", platform.map(queue.posted_pfn + k));
             add_port(queue.tx_evtchn);
             add_port(queue.rx_evtchn);
         }
     for (uint32_t i = 0; have_noxs && noxs_vbd(&noxs, i, &vbd) == 0; i++) {
         for (uint32_t p = 0; p < 1u << (vbd.queue.ring_order & 3) && p < 4; p++)
-            add_region("rings", platform_map(vbd.queue.ring_pfn[p]));
+            add_region("rings", platform.map(vbd.queue.ring_pfn[p]));
         add_port(vbd.queue.evtchn);
     }
 }
@@ -154,8 +154,6 @@ static void scribble(const struct region *victim)
     }
 }
 
-void masking_callback(void);
-
 static void close_port(uint32_t port)
 {
     struct evtchn_close close = {.port = port};
@@ -170,8 +168,7 @@ void guest_main(void)
 
     state = (uint64_t)option_number("seed", 1) * 0x9e3779b97f4a7c15ul | 1;
     find_victims();
-    hypercall3(__HYPERVISOR_set_callbacks, (uint64_t)masking_callback,
-               (uint64_t)masking_callback, 0);
+    platform.mask_events();
     print("noxs-fuzz: seed %ld, %ld rounds over %u pages and %u event channels\n",
           option_number("seed", 1), rounds, region_count, port_count);
     guest_ready();

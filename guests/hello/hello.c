@@ -3,7 +3,7 @@
  * Says hello, says ready, sleeps until it is asked to stop. Words on its command line make it
  * do what the tests need:
  *
- *   show=page show=metadata   print what the device page says
+ *   show=page show=metadata   print what the device page says, at boot and when it changes
  *   lines=N                   print N numbered lines, waiting for a reader
  *   flood                     print for ever, waiting for a reader
  *   echo                      send console input back
@@ -92,6 +92,14 @@ static void show_metadata(void)
     print("\n");
 }
 
+static void show_what(const char *what)
+{
+    if (have_noxs && what[0] == 'p')
+        show_page();
+    if (have_noxs && what[0] == 'm')
+        show_metadata();
+}
+
 static void leave_if_asked(void)
 {
     static const struct {
@@ -115,6 +123,7 @@ void guest_main(void)
 {
     long version = hypercall2(__HYPERVISOR_xen_version, XENVER_version, 0);
     const uint32_t ports[] = {platform.store_evtchn, platform.console_evtchn};
+    unsigned shown = 0;
     char show[16];
 
     print("Hello, world! This is %s, a %s guest on Xen %lu.%lu, with %s.\n",
@@ -122,10 +131,7 @@ void guest_main(void)
           version & 0xffff, have_noxs ? "a device page" : "no device page");
     option_text("show", show, sizeof(show));
     console_patient = 1;
-    if (have_noxs && show[0] == 'p')
-        show_page();
-    if (have_noxs && show[0] == 'm')
-        show_metadata();
+    show_what(show);
     if (!option("silent"))
         guest_ready();
     leave_if_asked();
@@ -139,6 +145,10 @@ void guest_main(void)
 
         evtchn_take(platform.console_evtchn);
         guest_control();
+        if (shown != page_changes) {
+            shown = page_changes;
+            show_what(show);
+        }
         while ((count = console_read(typed, sizeof(typed))) > 0)
             if (option("echo"))
                 console_write(typed, count);

@@ -37,11 +37,14 @@ static volatile uint8_t *area_page(struct noxs *n, uint32_t index)
 {
     uint32_t pfn;
 
+    if (!index)
+        return n->area[0];
     if (index >= n->header.pages)
         return NULL;
-    if (!n->area[index]) {
-        pfn = load(n->area[0] + NOXS_MORE_PAGES_OFFSET + 4 * (index - 1));
+    pfn = load(n->area[0] + NOXS_MORE_PAGES_OFFSET + 4 * (index - 1));
+    if (!n->area[index] || n->area_pfn[index] != pfn) {
         n->area[index] = noxs_os_map(pfn);
+        n->area_pfn[index] = pfn;
     }
     return n->area[index];
 }
@@ -89,12 +92,8 @@ int noxs_reread(struct noxs *n)
 {
     struct noxs_header header;
     uint64_t end;
-    int error;
+    int error = noxs_read(n, 0, &header, sizeof(header));
 
-    n->header.pages = 1;
-    for (uint32_t i = 1; i < NOXS_MAX_PAGES; i++)
-        n->area[i] = NULL;
-    error = noxs_read(n, 0, &header, sizeof(header));
     if (error)
         return error;
     if (header.magic != NOXS_MAGIC)

@@ -260,6 +260,7 @@ struct noxs_grant {
 
 struct noxs {
     volatile uint8_t *area[NOXS_MAX_PAGES]; /* page 0 at once, others when touched */
+    uint32_t area_pfn[NOXS_MAX_PAGES];
     struct noxs_header header;              /* a consistent copy */
     uint32_t evtchn;
     uint32_t seen;                          /* sequence number of the request being served */

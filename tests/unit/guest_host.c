@@ -35,14 +35,14 @@ struct platform platform = {.kind = "test", .shared = &shared, .pages = PAGES};
 struct noxs noxs;
 int have_noxs, console_patient;
 
-void *platform_map(uint32_t pfn)
+static void *map(uint32_t pfn)
 {
     return pfn && pfn < PAGES ? memory[pfn] : NULL;
 }
 
 void *noxs_os_map(uint32_t pfn)
 {
-    return platform_map(pfn);
+    return map(pfn);
 }
 
 void *noxs_os_page(void)

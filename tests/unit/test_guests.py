@@ -24,6 +24,7 @@ LIMITS = {"hello": 100_000, "spin": 100_000, "daytime": 150_000, "noxs-fuzz": 10
 
 PT_NOTE = 4
 ELFNOTE_ENTRY, ELFNOTE_HYPERCALL_PAGE, ELFNOTE_VIRT_BASE, ELFNOTE_XEN_VERSION = 1, 2, 3, 5
+ELFNOTE_PHYS32_ENTRY = 18
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,7 @@ def test_images(built: Path, name: str) -> None:
     assert found["Xen", ELFNOTE_XEN_VERSION] == b"xen-3.0\0"
     assert found["Xen", ELFNOTE_VIRT_BASE] == bytes(8)
     assert found["Xen", ELFNOTE_ENTRY] == image[24:32]
+    assert len(found["Xen", ELFNOTE_PHYS32_ENTRY]) == 4
     assert int.from_bytes(found["Xen", ELFNOTE_HYPERCALL_PAGE], "little") % abi.PAGE_SIZE == 0
 
 

@@ -1,0 +1,443 @@
+"""The guests on the real hypervisor: what they read, what they say, and that they obey."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import select
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from chaos import config as configuration
+from chaos.builder import Builder
+from chaos.create import UNPAUSED_STEPS, Creation, wait_ready
+from chaos.devicepage import DevicePage
+from chaos.host import Host
+from chaos.registry import Registry
+from noxs import abi, hotplug
+from noxs.bus import Bus
+from noxs.page import encode, patch_identity, patch_metadata, publish, write_request
+from xenctypes.errors import BusError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from noxs.page import GuestWords
+
+PATIENCE = 60.0
+SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_CRASH = 0, 1, 3
+DAYTIME = re.compile(rb"\w+, \w+ \d+, \d{4} \d\d:\d\d:\d\d-UTC\r\n")
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what
+        os.sched_yield()
+    return value
+
+
+class Guest:
+    """A guest made in this process, so that its page and its doorbell are at hand."""
+
+    def __init__(self, creation: Creation) -> None:
+        self.creation = creation
+        self.host = creation.host
+        self.name = creation.config.name
+        self.mapping = self.host.memory.map(creation.domid, creation.page_frames)
+        self.page: memoryview = self.mapping.view
+        self.seq = 0
+
+    def close(self) -> None:
+        self.mapping.close()
+        assert self.creation.undo() == []
+        self.creation.close()
+
+    def unpause(self) -> None:
+        self.host.ctrl.domain_unpause(self.creation.domid)
+        self.creation.unpaused_ns = time.perf_counter_ns()
+
+    def words(self) -> GuestWords:
+        assert isinstance(self.creation.page, DevicePage)
+        return self.creation.page.words()
+
+    def ask(self, code: int, argument: int = 0) -> GuestWords:
+        """Send a request and wait until it is acknowledged."""
+        self.seq += 1
+        write_request(self.page, self.seq, code, argument)
+        self.host.evtchn.notify(self.creation.store_local)
+        while self.words().ack != self.seq:
+            assert self.host.evtchn.wait(self.creation.store_local, PATIENCE), self.words()
+        return self.words()
+
+    def info(self) -> Any:
+        (info,) = [d for d in self.host.ctrl.domain_list() if d.domid == self.creation.domid]
+        return info
+
+    def died(self) -> int | None:
+        wait_for(lambda: self.info().shutdown, f"{self.name} does not die")
+        reason: int | None = self.info().shutdown_reason
+        return reason
+
+    def said(self) -> str:
+        done = subprocess.run(
+            ["chaos", "console", self.name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+        return done.stdout.decode(errors="replace")
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Guest]]:
+    made: list[Guest] = []
+    with Host() as host, Builder() as builder:
+
+        def create(
+            kernel: str, extra: str = "", *overrides: str, name: str = "", paused: bool = False
+        ) -> Guest:
+            settings = [
+                f'name="{name or kernel}"',
+                f'kernel="guests/build/{kernel}.elf"',
+                f'extra="{extra}"',
+                *overrides,
+            ]
+            loaded = configuration.load("examples/hello.cfg", settings)[0]
+            creation = Creation(loaded, host, builder, Registry()).run(UNPAUSED_STEPS)
+            guest = Guest(creation)
+            made.append(guest)
+            if not paused:
+                guest.unpause()
+            return guest
+
+        yield create
+        failures = []
+        for guest in made:
+            try:
+                guest.close()
+            except Exception as error:  # noqa: BLE001 - the others must go as well
+                failures.append(error)
+        assert not failures
+
+
+def ready(guest: Guest) -> Guest:
+    assert wait_ready(guest.creation, PATIENCE) is not None, guest.said()
+    return guest
+
+
+def test_hello_reads_its_page(make: Callable[..., Guest]) -> None:
+    guest = ready(make("hello", "show=page"))
+    uuid = guest.creation.uuid
+    said = guest.said()
+    assert f"This is hello, a PV guest on Xen {xen_version()}, with a device page." in said
+    assert f"page: name=hello domid={guest.creation.domid} uuid={uuid} abi=1.0" in said
+    assert guest.words() == (0, 0, abi.STATE_READY, 0, 0b1100110, "", abi.ABI_VERSION)
+    wait_for(lambda: guest.info().blocked, "hello does not sleep")
+
+
+def xen_version() -> str:
+    version = Path("/sys/hypervisor/version")
+    return ".".join((version / part).read_text().strip() for part in ("major", "minor"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2000, 4096, 65536])
+def test_metadata_arrives(make: Callable[..., Guest], tmp_path: Path, size: int) -> None:
+    blob = random.Random(size).randbytes(size // 2).hex().encode() + b"." * (size % 2)
+    path = tmp_path / "blob"
+    path.write_bytes(blob)
+    guest = make("hello", "show=metadata", f'noxs_metadata_file="{path}"')
+    reader = subprocess.Popen(
+        ["chaos", "console", guest.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert reader.stdout
+    said = b""
+    try:
+        while b"metadata: " + blob + b"\r\n" not in said:
+            assert select.select([reader.stdout], [], [], PATIENCE)[0], said[-200:]
+            part = os.read(reader.stdout.fileno(), 65536)
+            assert part, said[-200:]
+            said += part
+    finally:
+        reader.kill()
+        reader.wait()
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "reason"),
+    [
+        (abi.REQUEST_POWEROFF, abi.STATE_POWEROFF, SHUTDOWN_POWEROFF),
+        (abi.REQUEST_REBOOT, abi.STATE_REBOOT, SHUTDOWN_REBOOT),
+    ],
+    ids=["poweroff", "reboot"],
+)
+def test_shutdown_requests(make: Callable[..., Guest], code: int, state: int, reason: int) -> None:
+    guest = ready(make("hello", "message=enough exit=-7"))
+    answer = guest.ask(code)
+    assert (answer.ack, answer.ack_result) == (1, abi.ACK_OK)
+    assert guest.died() == reason
+    final = guest.words()
+    assert (final.state, final.exit_code, final.message) == (state, -7, "enough")
+
+
+def test_a_request_from_before_the_boot_is_obeyed(make: Callable[..., Guest]) -> None:
+    guest = make("daytime", paused=True)
+    write_request(guest.page, 5, abi.REQUEST_POWEROFF)
+    guest.unpause()
+    assert guest.died() == SHUTDOWN_POWEROFF
+    assert guest.words().ack == 5
+
+
+def test_other_requests(make: Callable[..., Guest]) -> None:
+    guest = ready(make("hello", "refuse"))
+    assert guest.ask(abi.REQUEST_POWEROFF).ack_result == abi.ACK_REFUSED
+    assert guest.ask(abi.REQUEST_SUSPEND).ack_result == abi.ACK_UNSUPPORTED
+    assert guest.ask(99).ack_result == abi.ACK_UNSUPPORTED
+    assert guest.ask(abi.REQUEST_SYSRQ, ord("h")).ack_result == abi.ACK_OK
+    wait_for(lambda: "sysrq: h" in guest.said(), "no answer to sysrq")
+    assert guest.words().state == abi.STATE_READY
+    guest.ask(abi.REQUEST_SYSRQ, ord("c"))
+    assert guest.died() == SHUTDOWN_CRASH
+    assert (guest.words().state, guest.words().message) == (abi.STATE_FAILED, "sysrq c")
+
+
+def test_a_page_changes_under_a_running_guest(make: Callable[..., Guest]) -> None:
+    guest = ready(make("hello", "show=page"))
+    template = encode(guest.creation.describe())
+    for number in range(20):
+        patch_identity(template, name=f"renamed-{number}")
+        patch_metadata(template, b"x" * number)
+        publish(guest.page, template)
+        assert guest.ask(abi.REQUEST_REREAD).ack_result == abi.ACK_OK
+    said = wait_for(
+        lambda: (text := guest.said()) and "name=renamed-19" in text and text, "not seen"
+    )
+    assert "generation=42" in said
+    assert "metadata=19 " in said
+
+
+def test_leaving_and_faults(make: Callable[..., Guest]) -> None:
+    for way, reason, state in (
+        ("poweroff", SHUTDOWN_POWEROFF, abi.STATE_POWEROFF),
+        ("reboot", SHUTDOWN_REBOOT, abi.STATE_REBOOT),
+        ("crash", SHUTDOWN_CRASH, abi.STATE_FAILED),
+        ("fault", SHUTDOWN_CRASH, abi.STATE_FAILED),
+    ):
+        guest = make("hello", f"{way} exit=4 message={way}", name=f"hello-{way}")
+        assert guest.died() == reason
+        assert (guest.words().state, guest.words().exit_code) == (state, 4)
+        assert guest.words().message == way
+
+
+def test_echo_and_many_lines(make: Callable[..., Guest]) -> None:
+    guest = ready(make("hello", "echo lines=2000"))
+    reader = subprocess.Popen(
+        ["chaos", "console", guest.name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert reader.stdin
+    assert reader.stdout
+    said = b""
+    try:
+        while b"line 2000\r\n" not in said:
+            assert select.select([reader.stdout], [], [], PATIENCE)[0], said[-200:]
+            said += os.read(reader.stdout.fileno(), 65536)
+        assert said.count(b"line ") == 2000
+        reader.stdin.write(b"typed")
+        reader.stdin.flush()
+        while b"typed" not in said:
+            assert select.select([reader.stdout], [], [], PATIENCE)[0], said[-200:]
+            said += os.read(reader.stdout.fileno(), 65536)
+    finally:
+        reader.kill()
+        reader.wait()
+
+
+def test_spin_burns_and_finds_nothing(make: Callable[..., Guest]) -> None:
+    guest = ready(make("spin"))
+    before = guest.info().cpu_time
+    wait_for(lambda: guest.info().cpu_time - before > 2_000_000_000, "spin does not spin")
+    wait_for(lambda: guest.info().running or not guest.info().blocked, "spin sleeps")
+    said = guest.said()
+    assert "rounds in" in said
+    assert "CORRUPT" not in said
+
+
+# ---- With a network
+
+
+@pytest.fixture(scope="module")
+def network() -> None:
+    """noxsd and xendevd, started for the rest of this boot where they do not run."""
+    try:
+        Bus.connect(patience=0.1).close()
+    except BusError:
+        with Path("/run/noxsd.log").open("ab") as log:
+            subprocess.Popen(["noxsd"], stdout=log, stderr=log, start_new_session=True)
+        wait_for(lambda: Path("/run/noxs/socket").exists(), "noxsd does not start")
+    if not hotplug.running():
+        with Path("/run/xendevd.log").open("ab") as log:
+            subprocess.Popen(["xendevd"], stdout=log, stderr=log, start_new_session=True)
+        wait_for(hotplug.running, "xendevd does not start")
+
+
+def vif(last: int, *more: str) -> str:
+    return ",".join(("bridge=xenbr0", f"ip=10.77.0.{last}/24", *more))
+
+
+def vifs(*texts: str) -> str:
+    return f"vif=[{', '.join(repr(text) for text in texts)}]"
+
+
+def ping(address: str, count: int, interval: float = 0.02) -> str:
+    done = subprocess.run(
+        ["ping", "-q", "-c", str(count), "-i", str(interval), "-W", "5", address],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout
+
+
+def ask_tcp(address: str) -> bytes:
+    with socket.create_connection((address, 13), PATIENCE) as connection:
+        connection.settimeout(PATIENCE)
+        text = b""
+        while part := connection.recv(4096):
+            text += part
+    return text
+
+
+@pytest.mark.usefixtures("network")
+def test_daytime_answers(make: Callable[..., Guest]) -> None:
+    guest = ready(make("daytime", "", vifs(vif(20))))
+    assert " 100 received, 0% packet loss" in ping("10.77.0.20", 100), guest.said()
+    for _ in range(100):
+        assert DAYTIME.fullmatch(ask_tcp("10.77.0.20"))
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("10.77.0.20", 13), PATIENCE))
+            for _ in range(50)
+        ]
+        for connection in connections:
+            connection.settimeout(PATIENCE)
+            assert DAYTIME.fullmatch(connection.recv(4096))
+            assert connection.recv(4096) == b""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
+        datagram.settimeout(PATIENCE)
+        datagram.connect(("10.77.0.20", 13))
+        datagram.send(b"?")
+        text = datagram.recv(4096)
+        assert DAYTIME.fullmatch(text)
+        told = time.strptime(text.decode().strip(), "%A, %B %d, %Y %H:%M:%S-UTC")
+        assert abs(time.mktime(told) - time.mktime(time.gmtime())) < 5
+        datagram.connect(("10.77.0.20", 14))
+        datagram.send(b"?")
+        with pytest.raises(ConnectionRefusedError):
+            datagram.recv(4096)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("10.77.0.20", 80), PATIENCE)
+    assert guest.ask(abi.REQUEST_REBOOT).ack_result == abi.ACK_OK
+    assert guest.died() == SHUTDOWN_REBOOT
+
+
+@pytest.mark.usefixtures("network")
+def test_what_came_before_the_boot_is_answered_after_it(make: Callable[..., Guest]) -> None:
+    mac = "00:16:3e:00:77:21"
+    guest = make("daytime", "", vifs(vif(21, f"mac={mac}")), paused=True)
+    # The address is known ahead, so that the first packet is the question itself.
+    neighbour = ["ip", "neigh", "replace", "10.77.0.21", "lladdr", mac, "dev", "xenbr0"]
+    subprocess.run(neighbour, check=True)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
+            datagram.connect(("10.77.0.21", 13))
+            datagram.send(b"?")
+            datagram.settimeout(2)
+            with pytest.raises(TimeoutError):
+                datagram.recv(4096)
+            guest.unpause()
+            datagram.settimeout(PATIENCE)
+            assert DAYTIME.fullmatch(datagram.recv(4096))
+    finally:
+        subprocess.run(["ip", "neigh", "del", "10.77.0.21", "dev", "xenbr0"], check=True)
+
+
+@pytest.mark.usefixtures("network")
+def test_guests_ping_each_other(make: Callable[..., Guest]) -> None:
+    ready(make("daytime", "", vifs(vif(22)), name="one"))
+    other = ready(make("daytime", "ping=10.77.0.22 count=30", vifs(vif(23)), name="two"))
+    wait_for(lambda: "ping: 30 sent, 30 received" in other.said(), "they do not reach each other")
+
+
+@pytest.mark.usefixtures("network")
+def test_sixteen_vifs(make: Callable[..., Guest]) -> None:
+    addresses = range(40, 56)
+    guest = ready(
+        make("daytime", "", vifs(*(vif(last) for last in addresses)), "memory=8", name="sixteen")
+    )
+    assert "daytime: 16 interfaces" in guest.said()
+    # Dom0 has one address on that link: each vif answers for its own.
+    for last in addresses:
+        assert " 3 received" in ping(f"10.77.0.{last}", 3), guest.said()
+
+
+@pytest.mark.usefixtures("network")
+def test_pages_beyond_the_bootstrap_mapping(make: Callable[..., Guest]) -> None:
+    guest = ready(make("daytime", "", vifs(vif(24)), "memory=64", name="big"))
+    assert " 20 received, 0% packet loss" in ping("10.77.0.24", 20), guest.said()
+
+
+@pytest.mark.usefixtures("network")
+@pytest.mark.parametrize("words", ["", "close end=crash", "spare=page,console end=sleep"])
+def test_a_scribbling_guest_hurts_nobody(make: Callable[..., Guest], words: str) -> None:
+    honest = ready(make("daytime", "", vifs(vif(25)), name="honest"))
+    for seed in range(4):
+        scribbler = make(
+            "noxs-fuzz", f"seed={seed} {words}", vifs(vif(26)), name=f"scribbler-{seed}"
+        )
+        if "sleep" in words:
+            wait_for(lambda: scribbler.info().blocked, "it does not end")  # noqa: B023 - at once
+        else:
+            expected = SHUTDOWN_CRASH if "crash" in words else SHUTDOWN_POWEROFF
+            assert scribbler.died() == expected
+        assert len(scribbler.words().message) <= abi.MAX_MESSAGE
+        subprocess.run(["chaos", "list", "-l"], capture_output=True, timeout=PATIENCE, check=True)
+        scribbler.said()
+        assert " 5 received, 0% packet loss" in ping("10.77.0.25", 5), honest.said()
+        assert DAYTIME.fullmatch(ask_tcp("10.77.0.25"))
+
+
+# ---- With xl
+
+
+@pytest.mark.xenstored
+@pytest.mark.parametrize("kind", ["pv", "pvh"])
+@pytest.mark.parametrize("kernel", ["hello", "daytime", "spin"])
+def test_xl_boots_them_without_a_device_page(kernel: str, kind: str, tmp_path: Path) -> None:
+    """The same image starts as PV and as PVH."""
+    config = tmp_path / "guest.cfg"
+    config.write_text(
+        f'name="xl-{kernel}"\nkernel="guests/build/{kernel}.elf"\ntype="{kind}"\nmemory=16\n'
+    )
+    subprocess.run(["xl", "create", "-q", config], check=True, timeout=PATIENCE)
+    try:
+        state = "r-----" if kernel == "spin" else "-b----"
+        wait_for(
+            lambda: state in subprocess.check_output(["xl", "list", f"xl-{kernel}"], text=True),
+            f"it never is {state}",
+        )
+        log = Path(f"/var/log/xen/console/guest-xl-{kernel}.log")
+        if log.exists() and kernel == "hello":
+            greeting = f"This is a guest, a {kind.upper()} guest on Xen {xen_version()}"
+            wait_for(lambda: greeting in log.read_text(), "no greeting")
+    finally:
+        subprocess.run(["xl", "destroy", f"xl-{kernel}"], check=True, timeout=PATIENCE)
