@@ -279,13 +279,13 @@ int noxs_reread(struct noxs *n);
 /* Copy from the area, over page boundaries, consistently. */
 int noxs_read(struct noxs *n, uint32_t offset, void *to, uint32_t length);
 
-/* Tell the toolstack: each of these but noxs_message() rings the event channel. */
+/* Tell the toolstack. noxs_state() rings the event channel: say the rest before it. */
 void noxs_message(struct noxs *n, const char *text, size_t length);
 void noxs_exit_code(struct noxs *n, int32_t code);
 void noxs_state(struct noxs *n, uint32_t state);
 /* Declare which requests are obeyed: a mask of 1 << NOXS_REQUEST_*. */
 void noxs_accepts(struct noxs *n, uint32_t mask);
-/* The request that waits, or NOXS_REQUEST_NONE. Each one must be acknowledged. */
+/* The request that waits, or NOXS_REQUEST_NONE. Each one must be acknowledged, which rings. */
 uint32_t noxs_request(struct noxs *n, uint32_t *argument);
 void noxs_acknowledge(struct noxs *n, uint32_t result);
 
