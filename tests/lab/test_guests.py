@@ -340,6 +340,26 @@ def test_daytime_answers(make: Callable[..., Guest]) -> None:
 
 
 @pytest.mark.usefixtures("network")
+def test_daytime_answers_over_ipv6(make: Callable[..., Guest]) -> None:
+    if not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this Dom0 has no IPv6")
+    address = ["fd77::1/64", "dev", "xenbr0"]
+    subprocess.run(["ip", "-6", "addr", "add", *address, "nodad"], check=True)
+    try:
+        guest = ready(make("daytime", "", vifs("bridge=xenbr0,ip=10.77.0.27/24 fd77::27/64")))
+        assert " 20 received, 0% packet loss" in ping("fd77::27", 20), guest.said()
+        for _ in range(20):
+            assert DAYTIME.fullmatch(ask_tcp("fd77::27"))
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as datagram:
+            datagram.settimeout(PATIENCE)
+            datagram.connect(("fd77::27", 13))
+            datagram.send(b"?")
+            assert DAYTIME.fullmatch(datagram.recv(4096))
+    finally:
+        subprocess.run(["ip", "-6", "addr", "del", *address], check=True)
+
+
+@pytest.mark.usefixtures("network")
 def test_what_came_before_the_boot_is_answered_after_it(make: Callable[..., Guest]) -> None:
     mac = "00:16:3e:00:77:21"
     guest = make("daytime", "", vifs(vif(21, f"mac={mac}")), paused=True)
