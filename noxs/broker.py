@@ -36,8 +36,8 @@ KERNEL_BACKLOG = 1 << 16
 CLIENTS_MAX = 512
 CHUNK = 1 << 16
 """Bytes read from a client before the others have their turn."""
-COMPACT_AFTER = 1 << 22
-"""Bytes of log after which, and after twice the last snapshot's, the journal is compacted."""
+COMPACT_AFTER = 1 << 20
+"""Bytes of log after which the journal is compacted, unless the last snapshot is larger."""
 
 FROM_CLIENT = 3
 JOURNALLED = frozenset({
@@ -333,7 +333,7 @@ class Broker:
     # Compaction
 
     def _compact(self, journal: Journal) -> None:
-        if self.snapshot_fd < 0 and journal.length > max(COMPACT_AFTER, 2 * journal.base):
+        if self.snapshot_fd < 0 and journal.length > max(COMPACT_AFTER, journal.base):
             pid = journal.rotate(self._state)
             self.snapshot_fd = os.pidfd_open(pid)
             self.poll.register(self.snapshot_fd, _READ)
