@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lab import cache, image, machine, progress, project
-from lab.channel import Request, Session
+from lab.channel import HANG_SECONDS, Request, Session
 from lab.errors import ChaosError, Crash, LabError, UsageError
 from lab.machine import Machine, Options
 from lab.release import DEFAULT_RELEASE, RELEASES, release
@@ -167,6 +167,13 @@ def _command_options(parser: argparse.ArgumentParser) -> None:
         help="give up when the command runs longer than S seconds (exit status 124)",
     )
     parser.add_argument(
+        "--hang-timeout",
+        type=_seconds,
+        default=HANG_SECONDS,
+        metavar="S",
+        help="give the lab up when Dom0 is silent for S seconds (default: %(default)g)",
+    )
+    parser.add_argument(
         "-e",
         "--env",
         action="append",
@@ -214,6 +221,7 @@ def _request(arguments: argparse.Namespace, *, terminal: bool = False) -> Reques
         cwd=arguments.cwd,
         terminal=terminal,
         timeout=arguments.timeout,
+        hang=arguments.hang_timeout,
     )
 
 

@@ -122,6 +122,11 @@ class Machine:
         """The serial log: Xen's and Dom0's console."""
         return self.folder / "serial.log"
 
+    @property
+    def serial_socket(self) -> Path:
+        """The serial line itself: three times Ctrl-A switches what is typed there to Xen."""
+        return self.folder / "serial"
+
     def socket(self, channel: int) -> Path:
         """The Unix socket of a command channel."""
         return self.folder / f"channel.{channel}"
@@ -268,13 +273,14 @@ def _launch(machine: Machine, image: Image, wheels: Path, lock: IO[str], *, keep
         f"console=com1 com1=115200,8n1 dom0_mem={dom0},max:{dom0} dom0_max_vcpus=1 ucode=no"
         " no-bootscrub spec-ctrl=no xpti=no noreboot loglvl=warning guest_loglvl=warning"
     )
+    serial = f"socket,id=serial,path={machine.serial_socket},server=on,wait=off"
     command = [
         "qemu-system-x86_64",
         *("-name", "chaos-lab"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-machine", "pc", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", CPU),
         *("-smp", str(options.cpus), "-m", f"{options.memory >> 20}M"),
-        *("-chardev", f"file,id=serial,path={machine.serial}", "-serial", "chardev:serial"),
+        *("-chardev", f"{serial},logfile={machine.serial}", "-serial", "chardev:serial"),
         *("-kernel", str(image.xen), "-append", xen_line),
         *("-initrd", f"{image.kernel} {kernel_line},{folder / 'initrd'}"),
         *("-drive", f"file={image.rootfs},format=raw,if=none,id=root,snapshot=on"),

@@ -252,6 +252,37 @@ def test_run_times_out_and_leaves_nothing() -> None:
     assert status() is None
 
 
+def test_a_hang_is_reported_and_leaves_nothing() -> None:
+    command = [LAB, "run", "--hang-timeout", "5", "--", "sleep", "600"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert any("Dom0 is up" in line for line in process.stderr)
+        pid = status()["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        said = process.stderr.read()
+    assert "lab: Dom0 hangs: silent for 5 s" in said
+    assert "end of the serial log" in said
+    assert process.returncode == 125
+    assert gone(pid)
+    assert status() is None
+
+
+REBOOT = """
+import ctypes, glob
+(path,) = glob.glob("/usr/lib/x86_64-linux-gnu/libxenctrl.so.4.??")
+library = ctypes.CDLL(path)
+library.xc_interface_open.restype = ctypes.c_void_p
+library.xc_send_debug_keys(ctypes.c_void_p(library.xc_interface_open(0, 0, 0)), b"R")
+"""
+"""Xen's debug key R: the hypervisor resets the machine there and then."""
+
+
+def test_the_end_of_xen_is_reported() -> None:
+    done = lab("run", "--timeout", "60", "--", "python3", "-c", REBOOT)
+    assert done.returncode == 125
+    assert "'R' pressed -> rebooting machine" in done.stderr
+    assert status() is None
+
+
 def test_qemu_dies_with_its_runner() -> None:
     with subprocess.Popen(
         [LAB, "run", "--", "sleep", "600"], stderr=subprocess.PIPE, text=True
