@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from chaos import registry, vif
 from chaos.destroy import end
-from xenctypes.errors import StateError
+from xenctypes.errors import BusError, StateError
 
 if TYPE_CHECKING:
     from chaos.host import Host
@@ -77,7 +77,7 @@ def list_domains(host: Host, names: Registry) -> list[Domain]:
     infos = host.ctrl.domain_list()
     if reap(host, names, infos):
         infos = host.ctrl.domain_list()
-    return [_join(info, names) for info in infos]
+    return [_join(host, names, info) for info in infos]
 
 
 def find(host: Host, names: Registry, wanted: str) -> Domain:
@@ -91,9 +91,11 @@ def find(host: Host, names: Registry, wanted: str) -> Domain:
         uuid = names.uuid_of(wanted) or _as_uuid(wanted)
         if uuid is not None:
             info = _by_uuid(host, names, uuid)
+        else:
+            info = _by_name_on_bus(host, names, wanted)
     if info is None:
         raise StateError(f'no domain "{wanted}"', hint="chaos list shows what runs")
-    return _join(info, names)
+    return _join(host, names, info)
 
 
 def owned(host: Host, names: Registry, wanted: str) -> tuple[Domain, Record]:
@@ -152,11 +154,21 @@ def _reap_one(host: Host, names: Registry, uuid: str) -> int:
         return 1
 
 
-def _join(info: DomainInfo, names: Registry) -> Domain:
+def _join(host: Host, names: Registry, info: DomainInfo) -> Domain:
     if info.domid == 0:
         return Domain(info, DOM0, None)
     record = names.read(str(uuid_module.UUID(bytes=info.uuid)))
-    return Domain(info, record.name if record else UNNAMED, record)
+    if record is not None:
+        return Domain(info, record.name, record)
+    return Domain(info, _name_on_bus(host, info.domid) or UNNAMED, None)
+
+
+def _name_on_bus(host: Host, domid: int) -> str | None:
+    """The name that another toolstack gave a domain, where there is a bus that has it."""
+    try:
+        return host.bus.get(f"/local/domain/{domid}/name")
+    except BusError:
+        return None
 
 
 def _by_uuid(host: Host, names: Registry, uuid: str) -> DomainInfo | None:
@@ -167,6 +179,14 @@ def _by_uuid(host: Host, names: Registry, uuid: str) -> DomainInfo | None:
         if info is not None and info.uuid == wanted:
             return info
     return next((info for info in host.ctrl.domain_list() if info.uuid == wanted), None)
+
+
+def _by_name_on_bus(host: Host, names: Registry, name: str) -> DomainInfo | None:
+    for info in host.ctrl.domain_list():
+        uuid = str(uuid_module.UUID(bytes=info.uuid))
+        if info.domid and names.read(uuid) is None and _name_on_bus(host, info.domid) == name:
+            return info
+    return None
 
 
 def _as_uuid(text: str) -> str | None:

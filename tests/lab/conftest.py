@@ -10,10 +10,24 @@ A test without a mark runs on a host without xenstored; marks say otherwise:
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from daemons import (
+    end,
+    ensure_bus,
+    ensure_xendevd,
+    noxsd_pid,
+    start,
+    stop_xendevd,
+    wait_for,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 MARKS = {
     "xenstored": "runs on a host with xenstored",
@@ -62,3 +76,39 @@ def pytest_report_header() -> str:
     version = Path("/sys/hypervisor/version")
     xen = ".".join((version / part).read_text().strip() for part in ("major", "minor"))
     return f"host: Xen {xen}, {os.uname().release}, {host_kind()}"
+
+
+@pytest.fixture
+def network() -> None:
+    """A bus and a xendevd, for the rest of this boot where none run."""
+    ensure_bus()
+    ensure_xendevd()
+
+
+@pytest.fixture
+def no_xendevd() -> Iterator[None]:
+    """A host on which xendevd does not run, until the test is over."""
+    stop_xendevd()
+    yield
+    ensure_xendevd()
+
+
+@pytest.fixture
+def restart_noxsd() -> Callable[[], None]:
+    """A function that kills noxsd and starts it again. A host with xenstored has none."""
+    if host_kind() == "xenstored":
+        pytest.skip("xenstored does not survive a kill")
+
+    def restart() -> None:
+        end(noxsd_pid(), signal.SIGKILL)
+        start("noxsd")
+        wait_for(_serves, "noxsd does not start again")
+
+    return restart
+
+
+def _serves() -> bool:
+    try:
+        return noxsd_pid() > 0
+    except OSError:
+        return False

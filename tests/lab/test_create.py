@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import select
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -409,3 +411,75 @@ def test_info_agrees_with_the_kernel() -> None:
     with open("/sys/hypervisor/version/minor") as file:
         assert facts["xen_minor"] == int(file.read())
     assert 0 < facts["free_memory"] < facts["total_memory"]
+
+
+@pytest.mark.xenstored
+def test_list_reads_as_xl_s(tmp_path: Path) -> None:
+    """The same columns, and each toolstack's domains in both."""
+    cfg = tmp_path / "theirs.cfg"
+    cfg.write_text(
+        'name = "theirs"\ntype = "pv"\nkernel = "/src/guests/build/hello.elf"\nmemory = 4\n'
+    )
+    subprocess.run(["xl", "create", "-q", cfg], check=True)
+    chaos("create", "-q", HELLO)
+    try:
+        ours = chaos("list").stdout.splitlines()
+        theirs = subprocess.run(["xl", "list"], capture_output=True, text=True, check=True)
+        header, *rows = theirs.stdout.splitlines()
+        assert ours[0] == header
+        columns = [row.split()[1:4] for row in rows]  # names and times may differ
+        assert [row.split()[1:4] for row in ours[1:]] == columns
+        assert [len(row) for row in ours[1:]] == [len(row) for row in rows]
+        assert {row.split()[0] for row in ours[1:]} == {"Domain-0", "theirs", "hello"}
+        refused = chaos("destroy", "theirs", check=False)
+        assert refused.returncode == 1
+        assert "was not made by chaos" in refused.stderr
+    finally:
+        chaos("destroy", "hello")
+        subprocess.run(["xl", "destroy", "theirs"], check=True)
+
+
+def test_a_terminal_on_the_console(footprint: Footprint) -> None:
+    """What is typed arrives, Ctrl-] leaves, and the terminal is as it was."""
+    chaos("create", "-q", HELLO, 'extra="echo"')
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    try:
+        attached = subprocess.Popen(
+            ["chaos", "console", "hello"], stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        read_until(ours, b"Hello")
+        os.write(ours, b"marco polo\r")
+        read_until(ours, b"marco polo")
+        second = chaos("console", "hello", check=False, stdin=subprocess.DEVNULL)
+        assert "attached elsewhere" in second.stderr
+        os.write(ours, b"\x1d")
+        assert attached.wait(timeout=60) == 0
+        assert termios.tcgetattr(theirs) == before
+    finally:
+        os.close(ours)
+        os.close(theirs)
+        chaos("destroy", "hello")
+
+
+def read_until(fd: int, wanted: bytes) -> bytes:
+    seen = b""
+    while wanted not in seen:
+        assert select.select([fd], [], [], 60)[0], seen
+        seen += os.read(fd, 4096)
+    return seen
+
+
+def test_a_domain_destroyed_under_a_console_ends_it(footprint: Footprint) -> None:
+    silent, keyboard = os.pipe()
+    chaos("create", "-q", HELLO)
+    attached = subprocess.Popen(
+        ["chaos", "console", "hello"], stdin=silent, stdout=subprocess.PIPE, text=True
+    )
+    assert attached.stdout is not None
+    assert "Hello" in attached.stdout.readline()
+    chaos("destroy", "hello")
+    attached.communicate(timeout=60)
+    assert attached.returncode == 0
+    os.close(silent)
+    os.close(keyboard)

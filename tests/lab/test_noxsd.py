@@ -280,11 +280,12 @@ def test_another_store_for_the_same_kernel_is_refused(noxsd: Noxsd, tmp_path: Pa
     assert "is taken: another store serves this host" in run.stderr
 
 
-def test_a_lost_journal_is_reported(noxsd: Noxsd, bus: Bus, tmp_path: Path) -> None:
+def test_a_lost_journal_is_reported(noxsd: Noxsd, bus: Bus) -> None:
     noxsd.kill()
-    command = ["noxsd", "--state", str(tmp_path / "state")]
+    command = ["noxsd", "--state", "/run/noxs/empty"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     noxsd.start()
+    Path("/run/noxs/empty").rmdir()
     assert run.returncode == 1
     assert "served by another store in this boot (the kernel's watches are lost" in run.stderr
     vif = Vif(bus, 7050)
@@ -296,7 +297,8 @@ def test_a_full_file_system_refuses_changes_and_nothing_else(tmp_path: Path) -> 
     state, path = tmp_path / "state", str(tmp_path / "socket")
     state.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", state], check=True)
-    command = ["noxsd", "--socket-only", "--socket", path, "--state", str(state)]
+    # As root: pytest's directories are closed to other users.
+    command = ["noxsd", "--socket-only", "--socket", path, "--state", str(state), "--user", ""]
     try:
         with subprocess.Popen(command) as process:
             wait(lambda: Path(path).exists(), "noxsd does not start")
@@ -387,7 +389,9 @@ class Raw:
     def __init__(self, path: str) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.connect(path)
+        self.sock.settimeout(PATIENCE)
         self.decoder = wire.Decoder()
+        self.messages: list[wire.Message] = []
         self.ident = 0
 
     def ask(self, op: int, tx: int, payload: bytes) -> tuple[int, bytes, list[bytes]]:
@@ -396,15 +400,24 @@ class Raw:
         self.sock.sendall(wire.pack(op, self.ident, tx, payload))
         events: list[bytes] = []
         while True:
-            for reply, ident, _, body in self.decoder.feed(self.sock.recv(1 << 16)):
-                if reply == wire.WATCH_EVENT:
-                    events.append(body)
-                elif ident == self.ident:
+            while self.messages:
+                reply, ident, _, body = self.messages.pop(0)
+                if reply != wire.WATCH_EVENT:
+                    assert ident == self.ident
                     return reply, body, events
+                events.append(body)
+            data = self.sock.recv(1 << 16)
+            assert data, "the store closed the connection"
+            self.messages = self.decoder.feed(data)
 
 
 def conversation(seed: int) -> list[tuple[int, int, int, bytes]]:
-    """Random requests of two clients: (client, type, transaction, payload)."""
+    """Random requests of two clients: (client, type, transaction, payload).
+
+    Left out is what xenstored releases answer differently (domids that are not numbers, special
+    and malformed paths where special ones may be), and removal while a transaction is open: a
+    transaction that must fail may then see a child twice, or xenstored 4.17 aborts.
+    """
     chance = random.Random(seed)
     script = []
     started = [0, 0]
@@ -412,7 +425,10 @@ def conversation(seed: int) -> list[tuple[int, int, int, bytes]]:
     def path() -> bytes:
         names = [chance.choice([b"a", b"b", b"c"]) for _ in range(chance.randrange(4))]
         text = b"/".join([b"/diff", *names])
-        return chance.choice([text] * 20 + [text + b"/", b"", text + b"//x", b"@x", b"/diff/ "])
+        odd = [text + b"/", b"", text + b"//x", b"@x", b"/diff/ "]
+        if op in {wire.GET_PERMS, wire.SET_PERMS, wire.UNWATCH}:
+            odd = []
+        return chance.choice([text] * 20 + odd)
 
     for _ in range(60):
         who = chance.randrange(2)
@@ -423,6 +439,8 @@ def conversation(seed: int) -> list[tuple[int, int, int, bytes]]:
             + [wire.TRANSACTION_END] * 2
             + [wire.RESET_WATCHES, wire.GET_DOMAIN_PATH, 99]
         )
+        if op == wire.RM and any(started) and not tx:
+            op = wire.READ
         payload = path() + b"\0"
         if op == wire.WRITE:
             payload += chance.choice([b"", b"v", b"value\0more"])
@@ -437,7 +455,7 @@ def conversation(seed: int) -> list[tuple[int, int, int, bytes]]:
         elif op == wire.TRANSACTION_END:
             payload = chance.choice([b"T\0", b"T\0", b"F\0", b"X\0", b""])
         elif op == wire.GET_DOMAIN_PATH:
-            payload = chance.choice([b"7\0", b"x\0", b"99999\0", b"7"])
+            payload = chance.choice([b"7\0", b"7"])
         script.append((who, op, tx, payload))
     return script
 

@@ -1,0 +1,82 @@
+"""The host's daemons, for the tests that need them: started where they do not run."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from noxs import hotplug
+from noxs.bus import Bus
+from xenctypes.errors import BusError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PATIENCE = 60.0
+NOXSD_SOCKET = "/run/noxs/socket"
+CREDENTIALS = struct.Struct("iII")
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """Wait until ``condition`` holds; its value."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what
+        os.sched_yield()
+    return value
+
+
+def start(*command: str) -> subprocess.Popen[bytes]:
+    """Start a daemon that outlives the test; its log is /run/NAME.log."""
+    with Path(f"/run/{command[0]}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def end(pid: int, number: int = signal.SIGTERM) -> None:
+    """End a daemon and wait until it is gone."""
+    process = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(process, number)
+        assert select.select([process], [], [], PATIENCE)[0], f"process {pid} does not end"
+    finally:
+        os.close(process)
+
+
+def ensure_bus() -> None:
+    """A store answers: xenstored where it runs, else noxsd."""
+    try:
+        Bus.connect(patience=0.1).close()
+    except BusError:
+        start("noxsd")
+        wait_for(lambda: Path(NOXSD_SOCKET).exists(), "noxsd does not start")
+
+
+def noxsd_pid() -> int:
+    """The process that serves noxsd's socket."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(NOXSD_SOCKET)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    return int(CREDENTIALS.unpack(credentials)[0])
+
+
+def ensure_xendevd() -> None:
+    """Somebody plugs vifs."""
+    if not hotplug.running():
+        start("xendevd")
+        wait_for(hotplug.running, "xendevd does not start")
+
+
+def stop_xendevd() -> None:
+    """Nobody plugs vifs."""
+    if hotplug.running():
+        found = subprocess.run(["fuser", hotplug.LOCK], capture_output=True, text=True, check=True)
+        for pid in found.stdout.split():
+            end(int(pid))
+    wait_for(lambda: not hotplug.running(), "xendevd does not stop")

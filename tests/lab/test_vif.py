@@ -1,0 +1,302 @@
+"""Networked guests through the command: they answer, and nothing of them stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from chaos import config as configuration
+from chaos.builder import Builder
+from chaos.create import CREATE_STEPS, Creation
+from chaos.host import Host
+from chaos.registry import Registry
+from noxs.bus import Bus
+from xenctypes.errors import StateError, StepError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DAYTIME = "examples/daytime.cfg"
+PATIENCE = 60.0
+
+pytestmark = [pytest.mark.anyhost, pytest.mark.usefixtures("network")]
+
+
+def chaos(*argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        ["chaos", *argv], capture_output=True, text=True, timeout=300, check=False
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def vif(last: int, *more: str) -> str:
+    return "vif=['" + ",".join(("bridge=xenbr0", f"ip=10.77.0.{last}/24", *more)) + "']"
+
+
+def ping(address: str, count: int, interval: float = 0.02) -> str:
+    return subprocess.run(
+        ["ping", "-q", "-c", str(count), "-i", str(interval), "-W", "5", address],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+
+
+def ask(address: str) -> bytes:
+    with socket.create_connection((address, 13), PATIENCE) as connection:
+        connection.settimeout(PATIENCE)
+        return connection.recv(4096)
+
+
+def tree(bus: Bus, path: str = "/local/domain") -> set[str]:
+    """Every node below ``path`` that belongs to a guest or its backends."""
+    found = set()
+    for name in bus.directory(path):
+        child = f"{path}/{name}"
+        found.add(child)
+        found |= tree(bus, child)
+    return found
+
+
+class Traces:
+    """What networked guests leave on a host while they exist."""
+
+    def __init__(self, host: Host, bus: Bus) -> None:
+        self.host, self.bus = host, bus
+        bus.mkdir("/local/domain/0/backend/vif")
+        self.before = self.measure()
+
+    def measure(self) -> dict[str, object]:
+        # A kthread of netback is named after its interface and what it does: vif1.0-q0-guest-rx.
+        threads = [
+            name for name in map(_name, Path("/proc").glob("[0-9]*/comm")) if name.startswith("vif")
+        ]
+        return {
+            "interfaces": sorted(n for n in os.listdir("/sys/class/net") if n.startswith("vif")),
+            "devices": sorted(os.listdir("/sys/bus/xen-backend/devices")),
+            "kthreads": sorted(threads),
+            "domains": [info.domid for info in self.host.ctrl.domain_list()],
+            "event channels": self.host.ctrl.count_evtchns(0),
+            "nodes": tree(self.bus),
+            "MACs": os.listdir("/run/chaos/macs"),
+            "records": os.listdir("/run/chaos/domains"),
+        }
+
+    def gone(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while left := {
+            key: value for key, value in self.measure().items() if value != self.before[key]
+        }:
+            assert time.monotonic() < deadline, left
+            os.sched_yield()
+
+
+def _name(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+@pytest.fixture
+def traces() -> Iterator[Traces]:
+    Registry().prepare()
+    with Host() as host, Bus.connect() as bus:
+        measured = Traces(host, bus)
+        try:
+            yield measured
+        finally:
+            chaos("destroy", "--all")
+        measured.gone()
+
+
+def test_a_guest_with_a_vif_answers_and_goes(traces: Traces) -> None:
+    made = json.loads(chaos("create", DAYTIME, "--json").stdout)
+    assert made["profile"]["ready_ms"] > 0
+    assert " 100 received, 0% packet loss" in ping("10.77.0.2", 100)
+    for _ in range(100):
+        assert b"-UTC" in ask("10.77.0.2")
+    chaos("destroy", "daytime")
+    traces.gone()
+
+
+def test_fifty_guests_answer_at_once(traces: Traces) -> None:
+    for last in range(100, 150):
+        chaos_create(last)
+    addresses = [f"10.77.0.{last}" for last in range(100, 150)]
+    with ThreadPoolExecutor(50) as pool:
+        for said in pool.map(lambda address: ping(address, 5, 0.2), addresses):
+            assert " 5 received, 0% packet loss" in said
+    for address in addresses:
+        assert b"-UTC" in ask(address)
+
+
+def chaos_create(last: int) -> None:
+    config, _ = configuration.load(DAYTIME, [f'name="day-{last}"', vif(last)])
+    with Host() as host, Builder() as builder:
+        Creation(config, host, builder, Registry()).run().close()
+
+
+@pytest.mark.parametrize("victim", [step.name for step in CREATE_STEPS])
+def test_a_failure_at_any_step_leaves_no_trace(traces: Traces, victim: str) -> None:
+    def fail(do: Callable[[Creation], None]) -> Callable[[Creation], None]:
+        def step(creation: Creation) -> None:
+            do(creation)
+            raise StateError("made to fail")
+
+        return step
+
+    steps = [
+        step._replace(do=fail(step.do)) if step.name == victim else step for step in CREATE_STEPS
+    ]
+    config, _ = configuration.load(DAYTIME)
+    with Host() as host, Builder() as builder:
+        with pytest.raises(StepError, match="made to fail") as caught:
+            Creation(config, host, builder, Registry()).run(steps)
+        assert not getattr(caught.value, "__notes__", None)
+    traces.gone()
+
+
+def test_a_create_that_is_killed_is_reaped_with_its_vif(traces: Traces) -> None:
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        steps = list(CREATE_STEPS)
+
+        def hang(_: Creation) -> None:
+            os.write(write, b"x")
+            signal.pause()
+
+        at = [step.name for step in steps].index("load image")
+        steps[at] = steps[at]._replace(do=hang)
+        config, _ = configuration.load(DAYTIME)
+        with Host() as host, Builder() as builder:
+            Creation(config, host, builder, Registry()).run(steps)
+        os._exit(1)
+    assert os.read(read, 1) == b"x"
+    os.close(read)
+    os.close(write)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert "daytime" not in chaos("list").stdout
+    traces.gone()
+
+
+@pytest.mark.parametrize(
+    ("vifs", "said"),
+    [
+        ("vif=['bridge=nowhere']", 'there is no bridge "nowhere"'),
+        ("vif=['bridge=xenbr0,mac=00:16:3e:77']", "is no MAC address"),
+        ("vif=['bridge=xenbr0,mac=01:16:3e:00:00:01']", "is no address of one interface"),
+        ("vif=['bridge=xenbr0,ip=10.77.0.300/24']", "10.77.0.300"),
+        ("vif=['bridge=xenbr0,vifname=xenbr0']", 'an interface "xenbr0" exists already'),
+        ("vif=['bridge=xenbr0,script=vif-nat']", "xendevd runs no scripts"),
+        ("vif=['bridge=lo']", "bridge"),
+        ("vif=['bridge=xenbr0,mtu=9']", "mtu"),
+    ],
+)
+def test_what_cannot_work_is_one_line(traces: Traces, vifs: str, said: str) -> None:
+    failed = chaos("create", DAYTIME, vifs, check=False)
+    assert failed.returncode in {1, 2}
+    assert said in failed.stderr
+    first, *rest = failed.stderr.splitlines()
+    assert first.startswith("chaos: ")
+    assert not rest or failed.returncode == 2  # a configuration's line and its caret follow
+    traces.gone()
+
+
+def test_a_failure_of_xendevd_reaches_the_create(traces: Traces) -> None:
+    """The bridge filters no VLANs: only xendevd finds that out."""
+    failed = chaos("create", DAYTIME, vif(2, "vlan=10"), check=False)
+    assert failed.returncode == 1
+    assert "vlan_filtering" in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    traces.gone()
+
+
+def test_a_mac_is_given_once(traces: Traces) -> None:
+    chaos("create", "-q", DAYTIME)
+    failed = chaos("create", DAYTIME, 'name="other"', check=False)
+    assert failed.returncode == 1
+    assert 'the MAC address 00:16:3e:77:00:02 is in use by "daytime"' in failed.stderr
+    chaos("create", "-q", DAYTIME, 'name="other"', vif(3))
+    macs = os.listdir("/run/chaos/macs")
+    assert len(macs) == 2
+    assert all(mac.startswith("00:16:3e:") for mac in macs)
+
+
+def test_settings_reach_the_interface(traces: Traces) -> None:
+    chaos("create", "-q", DAYTIME, vif(4, "vifname=uplink", "mtu=1400", "rate=10Mb/s"))
+    link = json.loads(
+        subprocess.run(
+            ["ip", "-j", "link", "show", "uplink"], capture_output=True, text=True, check=True
+        ).stdout
+    )[0]
+    assert link["mtu"] == 1400
+    assert link["master"] == "xenbr0"
+    domid = chaos("domid", "daytime").stdout.strip()
+    assert traces.bus.read(f"/local/domain/0/backend/vif/{domid}/0/rate") == "62500,50000"
+    assert " 3 received" in ping("10.77.0.4", 3)
+
+
+def test_a_zombie_is_shown(traces: Traces) -> None:
+    """A domain whose memory somebody maps cannot go: it is listed as dying until they let go."""
+    made = json.loads(chaos("create", "--json", DAYTIME).stdout)
+    record = Registry().read(made["uuid"])
+    assert record is not None
+    with Host() as other:
+        mapping = other.memory.map(record.domid, [record.console_frame])
+        chaos("destroy", "daytime")
+        lines = [line for line in chaos("list").stdout.splitlines() if f" {record.domid} " in line]
+        assert len(lines) == 1
+        assert lines[0].split()[-2][5] == "d"
+        again = chaos("destroy", str(record.domid), check=False)
+        assert again.returncode == 1
+        assert "dying already" in again.stderr
+        mapping.close()
+    traces.gone()
+
+
+def test_no_packet_is_lost_when_the_bus_is_killed(traces: Traces, restart_noxsd: Any) -> None:
+    chaos("create", "-q", DAYTIME)
+    assert " 1 received" in ping("10.77.0.2", 1)
+    pinging = subprocess.Popen(
+        ["ping", "-q", "-c", "200", "-i", "0.02", "-W", "5", "10.77.0.2"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    restart_noxsd()
+    said = pinging.communicate(timeout=PATIENCE)[0]
+    assert " 200 received, 0% packet loss" in said
+    chaos("create", "-q", DAYTIME, 'name="second"', vif(3))
+    assert " 10 received" in ping("10.77.0.3", 10)
+
+
+def test_without_xendevd_it_says_so(traces: Traces, no_xendevd: Any) -> None:
+    failed = chaos("create", DAYTIME, check=False)
+    assert failed.returncode == 1
+    assert "xendevd is not running" in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    traces.gone()
+
+
+def test_without_netback_it_says_so(traces: Traces) -> None:
+    subprocess.run(["modprobe", "-r", "xen-netback"], check=True)
+    try:
+        failed = chaos("create", DAYTIME, check=False)
+        assert failed.returncode == 1
+        assert "netback is not loaded" in failed.stderr
+    finally:
+        subprocess.run(["modprobe", "xen-netback"], check=True)
+    traces.gone()
