@@ -2,13 +2,12 @@
 
 import os
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from netns import in_namespace, tap
+from noxsd_process import Noxsd
 
 from noxs import hotplug
 from noxs.bus import Bus
@@ -24,16 +23,9 @@ NOWHERE = ("/nonexistent/db.sock",)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = str(tmp_path_factory.mktemp("bus") / "socket")
-    options = ["--socket-only", "--socket", path, "--state", "", "--user", ""]
-    with subprocess.Popen([sys.executable, "-m", "noxs.noxsd", *options]) as process:
-        deadline = time.monotonic() + 20
-        while not Path(path).exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            os.sched_yield()
-        yield path
-        process.terminate()
+    server = Noxsd(tmp_path_factory.mktemp("bus")).start()
+    yield server.socket
+    server.kill()
 
 
 @pytest.fixture
