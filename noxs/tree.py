@@ -318,8 +318,10 @@ class Tree:
                 tx.own.add(name)
         self.generation += len(changes)
         above = self._own(tx, parent(path), above)
-        if above.children is not None:
-            above.children.pop(path[path.rfind(b"/") + 1 :], None)
+        name = path[path.rfind(b"/") + 1 :]
+        if above.children is None or name not in above.children:
+            raise StoreError(b"EIO")  # as above
+        del above.children[name]
         return changes
 
     def walk(self, tx: Transaction | None, path: bytes) -> Iterator[tuple[bytes, Node]]:

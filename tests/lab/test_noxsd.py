@@ -421,43 +421,49 @@ def conversation(seed: int) -> list[tuple[int, int, int, bytes]]:
     chance = random.Random(seed)
     script = []
     started = [0, 0]
-
-    def path() -> bytes:
-        names = [chance.choice([b"a", b"b", b"c"]) for _ in range(chance.randrange(4))]
-        text = b"/".join([b"/diff", *names])
-        odd = [text + b"/", b"", text + b"//x", b"@x", b"/diff/ "]
-        if op in {wire.GET_PERMS, wire.SET_PERMS, wire.UNWATCH}:
-            odd = []
-        return chance.choice([text] * 20 + odd)
-
     for _ in range(60):
         who = chance.randrange(2)
         tx = chance.choice([0, 0, started[who], started[who], 99]) if started[who] else 0
-        op = chance.choice(
-            [wire.READ, wire.WRITE, wire.MKDIR, wire.RM, wire.DIRECTORY, wire.GET_PERMS] * 3
-            + [wire.SET_PERMS, wire.WATCH, wire.UNWATCH, wire.TRANSACTION_START]
-            + [wire.TRANSACTION_END] * 2
-            + [wire.RESET_WATCHES, wire.GET_DOMAIN_PATH, 99]
-        )
+        op = chance.choice(REQUESTS)
         if op == wire.RM and any(started) and not tx:
             op = wire.READ
-        payload = path() + b"\0"
-        if op == wire.WRITE:
-            payload += chance.choice([b"", b"v", b"value\0more"])
-        elif op == wire.SET_PERMS:
-            payload += chance.choice([b"n0\0", b"r0\0w0\0", b"b0\0", b"x0\0", b"n\0", b""])
         elif op in {wire.WATCH, wire.UNWATCH}:
-            payload += chance.choice([b"t\0", b"u\0", b""])
             tx = 0
         elif op == wire.TRANSACTION_START:
-            payload, tx = b"\0", 0
+            tx = 0
             started[who] += 1
-        elif op == wire.TRANSACTION_END:
-            payload = chance.choice([b"T\0", b"T\0", b"F\0", b"X\0", b""])
-        elif op == wire.GET_DOMAIN_PATH:
-            payload = chance.choice([b"7\0", b"7"])
-        script.append((who, op, tx, payload))
+        script.append((who, op, tx, random_payload(chance, op)))
     return script
+
+
+REQUESTS = (
+    [wire.READ, wire.WRITE, wire.MKDIR, wire.RM, wire.DIRECTORY, wire.GET_PERMS] * 3
+    + [wire.SET_PERMS, wire.WATCH, wire.UNWATCH, wire.TRANSACTION_START]
+    + [wire.TRANSACTION_END] * 2
+    + [wire.RESET_WATCHES, wire.GET_DOMAIN_PATH, 99]
+)
+ENDINGS = {
+    wire.WRITE: [b"", b"v", b"value\0more"],
+    wire.SET_PERMS: [b"n0\0", b"r0\0w0\0", b"b0\0", b"x0\0", b"n\0", b""],
+    wire.WATCH: [b"t\0", b"u\0", b""],
+    wire.UNWATCH: [b"t\0", b"u\0", b""],
+}
+PAYLOADS = {
+    wire.TRANSACTION_START: [b"\0"],
+    wire.TRANSACTION_END: [b"T\0", b"T\0", b"F\0", b"X\0", b""],
+    wire.GET_DOMAIN_PATH: [b"7\0", b"7"],
+}
+
+
+def random_payload(chance: random.Random, op: int) -> bytes:
+    if op in PAYLOADS:
+        return chance.choice(PAYLOADS[op])
+    names = [chance.choice([b"a", b"b", b"c"]) for _ in range(chance.randrange(4))]
+    path = b"/".join([b"/diff", *names])
+    odd = [path + b"/", b"", path + b"//x", b"@x", b"/diff/ "]
+    if op in {wire.GET_PERMS, wire.SET_PERMS, wire.UNWATCH}:
+        odd = []
+    return chance.choice([path] * 20 + odd) + b"\0" + chance.choice(ENDINGS.get(op, [b""]))
 
 
 def replay(path: str, script: list[tuple[int, int, int, bytes]]) -> list[Any]:
