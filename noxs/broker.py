@@ -34,8 +34,9 @@ BACKLOG_MAX = 1 << 20
 KERNEL_BACKLOG = 1 << 16
 """Bytes waiting for the kernel above which no socket is read."""
 CLIENTS_MAX = 512
-CHUNK = 1 << 16
-"""Bytes read from a client before the others have their turn."""
+CHUNK = 1 << 12
+"""Bytes read from a client before the others have their turn: 227 requests of the shortest kind,
+whose replies, of the longest kind, are still less than BACKLOG_MAX."""
 COMPACT_AFTER = 1 << 20
 """Bytes of log after which the journal is compacted, unless the last snapshot is larger."""
 
@@ -186,7 +187,10 @@ class Broker:
         for client in list(self.clients.values()):
             self._close(client)
         if self.journal is not None:
-            self.journal.finish(self._state())
+            try:
+                self.journal.finish(self._state())
+            except OSError as error:
+                self.log(f"the last snapshot could not be written, the log has to do: {error}")
         self.poll.close()
         os.close(self.wake_fd)
 

@@ -43,6 +43,10 @@ def handle(store: Store, conn: Connection, message: wire.Message) -> None:
     except StoreError as error:
         op = ERROR
         reply = error.name + b"\0"
+    except Exception as error:  # noqa: BLE001 - a journal would bring it back at every start
+        store.log(f"request {op}, a bug: {error!r}")
+        op = ERROR
+        reply = b"EIO\0"
     store.touched.add(conn)
     conn.out.append(HEADER.pack(op, req_id, tx_id, len(reply)) + reply)
     if op == WATCH:

@@ -386,6 +386,20 @@ def test_one_who_asks_and_never_reads_is_not_read_either(noxsd: Noxsd, bus: Bus)
             got += len(sock.recv(1 << 16))
 
 
+def test_a_greedy_pipeline_is_served_whole(noxsd: Noxsd, bus: Bus) -> None:
+    bus.write("/big", "v" * 4000)
+    requests = wire.pack(wire.READ, 1, 0, b"/big\0") * 3000
+    with raw(noxsd) as sock:
+        sender = threading.Thread(target=sock.sendall, args=[requests])
+        sender.start()
+        got = 0
+        while got < 3000 * 4016:
+            part = sock.recv(1 << 16)
+            assert part, noxsd.said()
+            got += len(part)
+        sender.join()
+
+
 def test_sixty_four_clients_at_once(noxsd: Noxsd) -> None:
     clients = [Bus.connect(noxsd.socket) for _ in range(64)]
     for number, bus in enumerate(clients):

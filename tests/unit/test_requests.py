@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from noxs import wire
-from noxs.requests import handle
+from noxs.requests import HANDLERS, handle
 from noxs.store import Connection, Store
 from noxs.tree import Quota
 
@@ -228,6 +228,17 @@ def test_control(store: Store, tool: Peer) -> None:
     assert said == ["control: hi"]
     assert b"check" in tool.ask(wire.CONTROL, b"help\0")[0]
     assert tool.ask(wire.CONTROL, b"live-update\0") == [b"EINVAL\0"]
+
+
+def test_a_bug_costs_one_request_and_not_every_start_from_the_journal(
+    store: Store, tool: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    store.log = said.append
+    monkeypatch.setitem(HANDLERS, wire.MKDIR, lambda *_: 1 // 0)
+    assert tool.ask(wire.MKDIR, b"/a\0") == [b"EIO\0"]
+    assert "ZeroDivisionError" in said[0]
+    assert tool.ask(wire.READ, b"/\0") == [b""]
 
 
 @pytest.fixture
