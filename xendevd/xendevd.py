@@ -14,7 +14,7 @@ import fcntl
 import os
 import select
 import sys
-from _signal import SIGINT, SIGTERM, set_wakeup_fd, signal  # type: ignore[import-not-found]
+from _signal import SIGINT, SIGTERM, set_wakeup_fd, signal  # type: ignore[import-not-found]  # as in noxsd
 from time import monotonic
 from typing import NoReturn
 
