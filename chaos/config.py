@@ -16,20 +16,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chaos import xlcfg
-from chaos.cpuspec import parse_cpus
-from chaos.diskspec import parse_disk
 from chaos.domconfig import (
     DISKS_MAX,
     VIFS_MAX,
     DomainConfig,
     check_name,
 )
-from chaos.vifspec import parse_vif
 from chaos.xldoc import Atom, Document, Setting, printable, quote
 from chaos.xlkeys import IGNORED, REFUSED
 from noxs.abi import MAX_METADATA
@@ -260,6 +256,8 @@ class _Reader:
         setting = self.document.get("cpus")
         if setting is None:
             return ()
+        from chaos.cpuspec import parse_cpus
+
         if isinstance(setting.value, Atom):
             return (self.located(setting.value, "cpus", parse_cpus),) * maxvcpus
         atoms = self.atoms("cpus", maxvcpus)
@@ -267,14 +265,24 @@ class _Reader:
 
     def vifs(self) -> tuple[VifConfig, ...]:
         """Each item of ``vif``, numbered from 0."""
+        atoms = self.atoms("vif")
+        if not atoms:
+            return ()
+        from chaos.vifspec import parse_vif
+
         return tuple(
             self.warned(atom, "vif", partial(parse_vif, devid=number))
-            for number, atom in enumerate(self.atoms("vif"))
+            for number, atom in enumerate(atoms)
         )
 
     def disks(self) -> tuple[DiskConfig, ...]:
         """Each item of ``disk``."""
-        return tuple(self.warned(atom, "disk", parse_disk) for atom in self.atoms("disk"))
+        atoms = self.atoms("disk")
+        if not atoms:
+            return ()
+        from chaos.diskspec import parse_disk
+
+        return tuple(self.warned(atom, "disk", parse_disk) for atom in atoms)
 
     def warned(self, atom: Atom, key: str, parser: Callable[[str], tuple[T, list[str]]]) -> T:
         """Run a parser of a device; its errors and warnings get the place in the file."""
@@ -321,6 +329,8 @@ def _asks_nothing(value: Value, harmless: tuple[str, ...]) -> bool:
 
 
 def _unknown(name: str) -> str:
+    from difflib import get_close_matches
+
     near = get_close_matches(name[:64], (*UNDERSTOOD, *REFUSED, *IGNORED), 1, 0.7)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"unknown setting {quote(name)}, ignored{hint}"
