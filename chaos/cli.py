@@ -89,7 +89,7 @@ def _run(arguments: list[str], *, verbose: bool) -> int:
     verb = VERBS.get(name)
     if verb is None:
         raise UsageError(f'no verb "{name}"', hint=_nearest(name))
-    gc.disable()  # imports make much and throw nothing away: collecting meanwhile is a fifth of them
+    gc.disable()  # a fifth of the import, which throws nothing away
     module = import_module(f"chaos.verbs.{verb.module}")
     gc.enable()
     parser = Parser(prog=f"chaos {name}", description=verb.summary, allow_abbrev=False)
