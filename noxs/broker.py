@@ -338,8 +338,12 @@ class Broker:
 
     def _compact(self, journal: Journal) -> None:
         if self.snapshot_fd < 0 and journal.length > max(COMPACT_AFTER, journal.base):
-            pid = journal.rotate(self._state)
-            self.snapshot_fd = os.pidfd_open(pid)
+            try:
+                pid = journal.rotate(self._state)
+                self.snapshot_fd = os.pidfd_open(pid)
+            except OSError as error:
+                self.log(f"the journal cannot be compacted now: {error}")
+                return
             self.poll.register(self.snapshot_fd, _READ)
 
     def _snapshot_done(self) -> None:

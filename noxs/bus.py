@@ -12,7 +12,7 @@ import os
 from time import monotonic
 
 from noxs import wire
-from noxs.nodes import Nodes, result, string
+from noxs.nodes import Nodes, result, result_or_none, string
 from noxs.session import Session, lost_transaction
 from xenctypes.errors import BusError
 
@@ -122,7 +122,9 @@ class Bus(Nodes):
         """End a watch. Its events that wait are dropped, unless another watch has its token."""
         session = self._session
         session.watches.pop((path, token), None)
-        self.ask(wire.UNWATCH, string(path) + string(token), path)
+        request = (wire.UNWATCH, string(path) + string(token), path)
+        # A server that restarted meanwhile does not know the watch: that is as well.
+        result_or_none(request, self.exchange([request])[0])
         if not any(other == token for _, other in session.watches):
             session.events = [event for event in session.events if event[1] != token]
 

@@ -87,11 +87,14 @@ class Journal:
         """Start the next log; a child process writes ``state()`` as its snapshot: its pid."""
         assert not self.child
         number = self.number + 1
-        os.close(self._fd)
+        before = self._fd
         self._open_log(number, 0)
+        os.close(before)
         self.child = os.fork()
         if not self.child:
             try:
+                # Nothing of the daemon's may outlive it here: its lock, its port, its sockets.
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))
                 self._write_snapshot(number, state())
             except BaseException as error:  # noqa: BLE001 - a forked child must not return
                 os.write(2, f"noxsd: snapshot {number}: {error!r}\n".encode())

@@ -49,6 +49,7 @@ class Session:
         self._sock: socket | None = None
         self._decoder = Decoder()
         self._ident = 0
+        self._stale = False  # a reply is overdue: what comes on this socket answers the past
         self._open()
 
     def close(self) -> None:
@@ -74,6 +75,10 @@ class Session:
                     path=path,
                     errno=errnos.E2BIG,
                 )
+        if self._stale:
+            self.reopen()
+            if tx_id:
+                raise lost_transaction()
         for _ in range(TRIES):
             try:
                 return self._attempt(requests, tx_id)
@@ -110,7 +115,7 @@ class Session:
                 for reply in self.receive():
                     replies[reply[1]] = reply
         except BlockingIOError as error:
-            self.close()
+            self._stale = True
             raise BusError(
                 f"{self.path}: no answer for {self.patience:g} s", errno=errnos.ETIMEDOUT
             ) from error
@@ -185,6 +190,7 @@ class Session:
             self.path = path
             self.count += 1
             self._decoder = Decoder()
+            self._stale = False
             return
         raise BusError(
             "no store answers: " + ", ".join(reasons),

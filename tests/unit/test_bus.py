@@ -272,6 +272,19 @@ def test_a_server_that_hangs_is_an_error_after_a_while(noxsd: Noxsd) -> None:
                 bus.read("/")
         finally:
             noxsd.process.send_signal(signal.SIGCONT)
+        # The overdue reply must not be taken for another's.
+        bus.write("/after", "a stall")
+        assert bus.read("/after") == "a stall"
+        assert bus.directory("/") != ["a stall"]
+
+
+def test_a_watch_that_a_restart_took_along_is_ended_without_error(noxsd: Noxsd, bus: Bus) -> None:
+    bus.watch("/a", "token")
+    noxsd.kill()
+    noxsd.start()
+    bus.unwatch("/a", "token")
+    bus.write("/a", "1")
+    assert bus.events() == []
 
 
 def test_kills_in_the_middle_of_writes_lose_nothing(noxsd: Noxsd, bus: Bus) -> None:
