@@ -121,10 +121,10 @@ class Bus(Nodes):
     def unwatch(self, path: str, token: str) -> None:
         """End a watch. Its events that wait are dropped, unless another watch has its token."""
         session = self._session
-        session.watches.pop((path, token), None)
+        ours = session.watches.pop((path, token), None)
         request = (wire.UNWATCH, string(path) + string(token), path)
-        # A server that restarted meanwhile does not know the watch: that is as well.
-        result_or_none(request, self.exchange([request])[0])
+        # A server that restarted meanwhile does not know a watch of ours: that is as well.
+        (result_or_none if ours else result)(request, self.exchange([request])[0])
         if not any(other == token for _, other in session.watches):
             session.events = [event for event in session.events if event[1] != token]
 
