@@ -98,18 +98,22 @@ class Broker:
         self.poll.register(self.wake_fd, _READ)
 
     def restore(self) -> None:
-        """Bring the view and the kernel's page to where the journal says. StateError."""
+        """Bring the view and the kernel's page to where the journal says. StateError.
+
+        A journal of an earlier boot says nothing about this one, and is discarded.
+        """
         state, records = self.journal.recover() if self.journal else (None, [])
-        if state is None:
+        data = snapshot.load(state) if state else None
+        if data is None or data["extra"]["boot"] != self.boot:
             self._begin()
             return
-        xenbus = self.xenbus
-        extra = snapshot.load(state, self.store)
-        if extra["boot"] != self.boot or (extra["xenbus"] is None) != (xenbus is None):
+        extra, xenbus = data["extra"], self.xenbus
+        if (extra["xenbus"] is None) != (xenbus is None):
             raise StateError(
-                "the journal belongs to another boot or mode of noxsd",
-                hint="remove it, or choose another --state directory",
+                "the journal is that of a noxsd with, or without, --socket-only",
+                hint="choose another --state directory",
             )
+        snapshot.fill(self.store, data)
         self.next_ident = extra["next_ident"]
         if xenbus is not None:
             xenbus.restore(extra["xenbus"])
@@ -130,7 +134,7 @@ class Broker:
                 )
             self.xenbus.attach()
         if self.journal is not None:
-            self.journal.start(self._state())
+            self.journal.replace(self._state())
 
     def _replay(self, record: bytes) -> None:
         kind, ident = RECORD.unpack_from(record)
@@ -188,7 +192,8 @@ class Broker:
             self._close(client)
         if self.journal is not None:
             try:
-                self.journal.finish(self._state())
+                self.journal.replace(self._state())
+                self.journal.close()
             except OSError as error:
                 self.log(f"the last snapshot could not be written, the log has to do: {error}")
         self.poll.close()

@@ -37,7 +37,7 @@ class Journal:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self.number = 0
+        self.number = -1
         self.length = 0
         self.base = 0
         self.child = 0
@@ -47,7 +47,7 @@ class Journal:
         """The last complete snapshot and the records since; (None, []) for an empty directory."""
         snapshots, logs = self._numbers("snapshot."), self._numbers("log.")
         if not snapshots:
-            if logs:
+            if any(os.stat(self._path("log", number)).st_size for number in logs):
                 raise StateError(f"{self.directory}: logs without a snapshot", hint=_HINT)
             return None, []
         first = max(snapshots)
@@ -60,12 +60,6 @@ class Journal:
         self.base = len(state)
         self._clean(first)
         return state, records
-
-    def start(self, state: bytes) -> None:
-        """Begin in an empty directory."""
-        self._write_snapshot(0, state)
-        self._open_log(0, 0)
-        self.base = len(state)
 
     def append(self, record: bytes) -> None:
         """Add one record: wholly, or OSError and not at all."""
@@ -112,15 +106,15 @@ class Journal:
         self._clean(self.number)
         return True
 
-    def finish(self, state: bytes) -> None:
-        """Leave ``state`` as the only snapshot, with an empty log, and close the journal."""
+    def replace(self, state: bytes) -> None:
+        """Make ``state`` the only snapshot, with an empty log."""
         if self.child:
             self.settle()
         self.close()
         self._open_log(self.number + 1, 0)
         self._write_snapshot(self.number, state)
+        self.base = len(state)
         self._clean(self.number)
-        self.close()
 
     def close(self) -> None:
         """Close the log; the journal stays as it is."""

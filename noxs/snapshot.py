@@ -44,9 +44,14 @@ def dump(store: Store, extra: dict[str, Any]) -> bytes:
     )
 
 
-def load(state: bytes, store: Store) -> dict[str, Any]:
-    """Fill a new view with dumped state; the ``extra`` data."""
+def load(state: bytes) -> dict[str, Any]:
+    """Dumped state for ``fill``, and under "extra" what was beside it."""
     data: dict[str, Any] = marshal.loads(state)  # noqa: S302 - noxsd's own directory
+    return data
+
+
+def fill(store: Store, data: dict[str, Any]) -> None:
+    """Bring a new view to a loaded state."""
     tree = store.tree
     tree.generation = data["generation"]
     tree.nodes = {path: _thaw(node) for path, node in data["nodes"]}
@@ -65,8 +70,6 @@ def load(state: bytes, store: Store) -> dict[str, Any]:
             conn.transactions[tx_id] = _thaw_transaction(tx)
             tree.open.add(conn.transactions[tx_id])
     store.watch_count = data["watch_count"]
-    extra: dict[str, Any] = data["extra"]
-    return extra
 
 
 def _freeze(node: Node) -> tuple[Any, ...]:

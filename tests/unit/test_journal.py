@@ -18,7 +18,7 @@ def reopened(path: Path) -> tuple[Journal, bytes | None, list[bytes]]:
 def test_an_empty_directory_has_no_state(tmp_path: Path) -> None:
     journal, state, records = reopened(tmp_path)
     assert (state, records) == (None, [])
-    journal.start(b"first")
+    journal.replace(b"first")
     journal.append(b"one")
     journal.close()
     journal, state, records = reopened(tmp_path)
@@ -35,7 +35,7 @@ def test_a_torn_record_is_cut_off_wherever_it_is_torn(
     path = tmp_path_factory.mktemp("journal")
     journal = Journal(str(path))
     journal.recover()
-    journal.start(b"s")
+    journal.replace(b"s")
     ends = [0]
     for record in records:
         journal.append(record)
@@ -52,7 +52,7 @@ def test_a_torn_record_is_cut_off_wherever_it_is_torn(
 
 def test_a_flipped_bit_ends_the_log_there(tmp_path: Path) -> None:
     journal, *_ = reopened(tmp_path)
-    journal.start(b"s")
+    journal.replace(b"s")
     journal.append(b"one")
     journal.append(b"two")
     journal.close()
@@ -64,7 +64,7 @@ def test_a_flipped_bit_ends_the_log_there(tmp_path: Path) -> None:
 
 def test_rotation_leaves_one_generation(tmp_path: Path) -> None:
     journal, *_ = reopened(tmp_path)
-    journal.start(b"old")
+    journal.replace(b"old")
     journal.append(b"one")
     journal.rotate(lambda: b"new")
     journal.append(b"two")
@@ -75,7 +75,7 @@ def test_rotation_leaves_one_generation(tmp_path: Path) -> None:
 
 def test_a_kill_while_the_snapshot_is_written_loses_nothing(tmp_path: Path) -> None:
     journal, *_ = reopened(tmp_path)
-    journal.start(b"old")
+    journal.replace(b"old")
     journal.append(b"one")
     journal.rotate(lambda: os._exit(1))
     journal.append(b"two")
@@ -92,19 +92,28 @@ def test_a_kill_while_the_snapshot_is_written_loses_nothing(tmp_path: Path) -> N
     ]
 
 
-def test_finish_leaves_a_snapshot_and_nothing_else(tmp_path: Path) -> None:
+def test_replacing_leaves_a_snapshot_and_nothing_else(tmp_path: Path) -> None:
     journal, *_ = reopened(tmp_path)
-    journal.start(b"old")
+    journal.replace(b"old")
     journal.append(b"one")
-    journal.finish(b"last")
+    journal.replace(b"last")
+    journal.close()
     assert reopened(tmp_path)[1:] == (b"last", [])
+
+
+def test_a_kill_before_the_first_snapshot_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "log.0").touch()
+    journal, state, records = reopened(tmp_path)
+    assert (state, records) == (None, [])
+    journal.replace(b"first")
+    assert reopened(tmp_path)[1:] == (b"first", [])
 
 
 def test_a_full_file_system_refuses_a_record_and_keeps_the_log_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal, *_ = reopened(tmp_path)
-    journal.start(b"s")
+    journal.replace(b"s")
     journal.append(b"one")
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:5]))
@@ -118,7 +127,8 @@ def test_a_full_file_system_refuses_a_record_and_keeps_the_log_whole(
 @pytest.mark.parametrize("change", ["version", "damage", "no snapshot"])
 def test_what_cannot_be_trusted_is_refused(tmp_path: Path, change: str) -> None:
     journal, *_ = reopened(tmp_path)
-    journal.start(b"state")
+    journal.replace(b"state")
+    journal.append(b"record")
     journal.close()
     path = tmp_path / "snapshot.0"
     data = bytearray(path.read_bytes())

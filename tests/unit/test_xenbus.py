@@ -118,13 +118,14 @@ class Host:
         self.journal_path.mkdir()
         self.steps = Steps(kills)
         self.kills = 0
+        self.boot = "this"
         self.broker = None
         self.said = []
 
     def start(self) -> None:
         listener = socket(AF_UNIX, SOCK_STREAM)
         journal = KillableJournal(str(self.journal_path), self.steps)
-        broker = Broker(listener, journal=journal, boot="b", log=self.said.append)
+        broker = Broker(listener, journal=journal, boot=self.boot, log=self.said.append)
         ring = KillableRing(memoryview(self.page), self.steps)
         broker.xenbus = XenBus(ring, KillableChannel(self.steps), broker.store)
         broker.restore()
@@ -225,7 +226,7 @@ def test_the_indexes_may_wrap(tmp_path: Path) -> None:
     xenbus = host.broker.xenbus
     xenbus.ring = KillableRing(memoryview(host.page), host.steps)
     xenbus.cons = xenbus.prod = 0xFFFFFF00
-    host.broker.journal.finish(host.broker._state())
+    host.broker.journal.replace(host.broker._state())
     host.broker = None
     assert host.run(STREAM) == EXPECTED
     assert host.kills > 8
@@ -304,6 +305,16 @@ def test_a_page_that_another_store_has_used_is_refused(tmp_path: Path) -> None:
     host.peer.set_index(1, 64)
     with pytest.raises(StateError, match="served by another store"):
         host.start()
+
+
+def test_a_journal_of_an_earlier_boot_is_discarded(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.run(STREAM)
+    host.page[:] = bytes(4096)
+    host.peer.got = b""
+    host.boot = "next"
+    host.broker = None
+    assert host.run(STREAM) == EXPECTED
 
 
 def test_a_page_that_moved_on_without_us_is_refused(tmp_path: Path) -> None:
