@@ -435,7 +435,7 @@ def test_xl_boots_them_without_a_device_page(kernel: str, kind: str, tmp_path: P
     """The same image starts as PV and as PVH."""
     config = tmp_path / "guest.cfg"
     config.write_text(
-        f'name="xl-{kernel}"\nkernel="guests/build/{kernel}.elf"\ntype="{kind}"\nmemory=16\n'
+        f'name="xl-{kernel}"\nkernel="guests/build/{kernel}.elf"\ntype="{kind}"\nmemory=64\n'
     )
     subprocess.run(["xl", "create", "-q", config], check=True, timeout=PATIENCE)
     try:
