@@ -74,6 +74,7 @@ class Creation:
     reserved: list[int] = field(default_factory=list)  # frames of our pages at the top of memory
     macs: list[bytes] = field(default_factory=list)
     vifs: list[vif.PreparedVif] = field(default_factory=list)
+    connecting: bool = False  # the bus may know of the vifs
     page: DevicePage | None = None
     ready_ms: float | None = None
     unpaused_ns: int = 0
@@ -157,7 +158,8 @@ def _reserve(creation: Creation) -> None:
 
 def _release(creation: Creation) -> None:
     if creation.entry is not None and creation.record is not None:
-        creation.registry.forget(creation.entry, creation.record)
+        if not creation.vifs:  # else netback still has them, and the record is for the reaper
+            creation.registry.forget(creation.entry, creation.record)
         creation.entry.close()
         creation.entry = None
 
@@ -191,12 +193,11 @@ def _check_devices(creation: Creation) -> None:
     for config in creation.config.vifs:
         vif.check(config)
     assert creation.record is not None
+    taken = vif.taken_macs(creation.host.bus)
     for config in creation.config.vifs:
-        mac = creation.registry.reserve_mac(config.mac, str(creation.uuid))
+        mac = creation.registry.reserve_mac(config.mac, str(creation.uuid), taken)
         creation.macs.append(mac)
         creation.record.macs.append(vif.mac_text(mac))  # the undo of "reserve" gives them back
-    assert creation.entry is not None
-    creation.entry.write(creation.record)
 
 
 def _create_domain(creation: Creation) -> None:
@@ -269,6 +270,12 @@ def _close_channels(creation: Creation) -> None:
 
 
 def _prepare_vifs(creation: Creation) -> None:
+    if not creation.config.vifs:
+        return
+    assert creation.record is not None
+    assert creation.entry is not None
+    creation.record.domid = creation.domid  # where the reaper would look for the vifs
+    creation.entry.write(creation.record)
     top = (creation.config.memory << 8) - len(creation.reserved)
     for index, config in enumerate(creation.config.vifs):
         first = index * vif.PAGES
@@ -282,20 +289,27 @@ def _prepare_vifs(creation: Creation) -> None:
                 port=creation.host.ctrl.evtchn_alloc_unbound(creation.domid, vif.DOM0),
             )
         )
-    if creation.vifs:
-        vif.seed(creation.host, creation.domid, creation.vifs)
+    vif.seed(creation.host, creation.domid, creation.vifs)
+
+
+def _forget_vifs(creation: Creation) -> None:
+    if not creation.connecting:
+        creation.vifs = []
 
 
 def _connect_vifs(creation: Creation) -> None:
     if creation.vifs:
-        vif.connect(creation.host.bus, creation.domid, creation.config.name, creation.vifs)
+        creation.connecting = True
+        creation.vifs = vif.connect(
+            creation.host.bus, creation.domid, creation.config.name, creation.vifs
+        )
 
 
 def _disconnect_vifs(creation: Creation) -> None:
-    if creation.vifs:
+    if creation.connecting:
         devids = [prepared.config.devid for prepared in creation.vifs]
-        creation.vifs = []
         vif.disconnect(creation.host.bus, creation.domid, devids)
+        creation.connecting = False
 
 
 def _load(creation: Creation) -> None:
@@ -353,7 +367,7 @@ CREATE_STEPS: tuple[Step[Creation], ...] = (
     Step("create vcpus", PREPARE, HYPERVISOR, _create_vcpus),
     Step("populate", PREPARE, HYPERVISOR, _populate, _depopulate),
     Step("open channels", PREPARE, HYPERVISOR, _open_channels, _close_channels),
-    Step("prepare vifs", PREPARE, DEVICES, _prepare_vifs),
+    Step("prepare vifs", PREPARE, DEVICES, _prepare_vifs, _forget_vifs),
     Step("connect vifs", PREPARE, BUS, _connect_vifs, _disconnect_vifs),
     Step("load image", EXECUTE, IMAGE, _load),
     Step("write page", EXECUTE, TOOLSTACK, _write_page, _close_page),

@@ -53,9 +53,9 @@ def end(host: Host, info: DomainInfo, record: Record) -> None:
     """
     failure: ChaosError | None = None
     if record.macs:
-        if not info.dying:
-            host.ctrl.domain_pause(info.domid)
         try:
+            if not info.dying:
+                host.ctrl.domain_pause(info.domid)
             vif.disconnect_all(host.bus, info.domid)
         except ChaosError as error:
             failure = error

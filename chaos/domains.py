@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from chaos import registry, vif
 from chaos.destroy import end
-from xenctypes.errors import BusError, StateError
+from xenctypes.errors import BusError, ChaosError, StateError
 
 if TYPE_CHECKING:
     from chaos.host import Host
@@ -72,10 +72,13 @@ def shutdown_name(info: DomainInfo) -> str:
     return SHUTDOWN_NAMES[reason] if 0 <= reason < len(SHUTDOWN_NAMES) else f"reason {reason}"
 
 
-def list_domains(host: Host, names: Registry) -> list[Domain]:
-    """Every domain, by domid; reaps first what dead commands left behind."""
+def list_domains(host: Host, names: Registry, problems: list[str] | None = None) -> list[Domain]:
+    """Every domain, by domid; reaps first what dead commands left behind.
+
+    A line for each thing that could not be reaped is appended to ``problems``.
+    """
     infos = host.ctrl.domain_list()
-    if reap(host, names, infos):
+    if reap(host, names, infos, [] if problems is None else problems):
         infos = host.ctrl.domain_list()
     return [_join(host, names, info) for info in infos]
 
@@ -110,12 +113,13 @@ def owned(host: Host, names: Registry, wanted: str) -> tuple[Domain, Record]:
     return domain, domain.record
 
 
-def reap(host: Host, names: Registry, infos: list[DomainInfo]) -> int:
+def reap(host: Host, names: Registry, infos: list[DomainInfo], problems: list[str]) -> int:
     """Destroy domains that a killed create left half built, and drop records without a domain.
 
-    Returns how many were reaped. Whatever is locked belongs to somebody alive and is left.
+    Returns how many were reaped, and appends a line for each that resisted. Whatever is locked
+    belongs to somebody alive and is left.
     """
-    alive = {str(uuid_module.UUID(bytes=info.uuid)): info for info in infos}
+    alive = {str(uuid_module.UUID(bytes=info.uuid)) for info in infos}
     suspects = []
     for uuid in names.uuids():
         record = names.read(uuid)
@@ -123,11 +127,14 @@ def reap(host: Host, names: Registry, infos: list[DomainInfo]) -> int:
             suspects.append(uuid)
     if not suspects and not names.has_stale_staging():
         return 0
-    reaped = 0
     with names.locked():
         names.sweep()
-        for uuid in suspects:
+    reaped = 0
+    for uuid in suspects:
+        try:
             reaped += _reap_one(host, names, uuid)
+        except ChaosError as error:
+            problems.append(f"what is left of domain {uuid} cannot be removed: {error}")
     return reaped
 
 
@@ -139,16 +146,14 @@ def _reap_one(host: Host, names: Registry, uuid: str) -> int:
         except StateError:
             return 0
         record = names.read(uuid)
-        info = next(
-            (i for i in host.ctrl.domain_list() if str(uuid_module.UUID(bytes=i.uuid)) == uuid),
-            None,
-        )
+        wanted = uuid_module.UUID(uuid).bytes
+        info = next((i for i in host.ctrl.domain_list() if i.uuid == wanted), None)
         if record is not None and record.state != registry.BUILDING and info is not None:
             return 0
         record = record or registry.Record(uuid=uuid, name="")
         if info is not None:
             end(host, info, record)
-        elif record.macs:
+        elif record.macs and record.domid > 0 and host.ctrl.domain_info(record.domid) is None:
             vif.disconnect_all(host.bus, record.domid)
         names.forget(entry, record)
         return 1

@@ -15,6 +15,7 @@ import time
 import uuid as uuid_module
 from typing import TYPE_CHECKING
 
+from chaos import vif
 from chaos.create import CREATE_STEPS, Creation
 from chaos.death import DeathWatch
 from chaos.destroy import destroy
@@ -96,6 +97,11 @@ def _set_aside(call: Invocation, creation: Creation) -> uuid_module.UUID:
         record = names.read(old)
         if record is None:
             raise StateError(f'domain "{creation.config.name}" is gone')
+        if record.macs:  # the successor has the same vifs
+            vif.disconnect_all(call.host.bus, creation.domid)
+            for mac in record.macs:
+                names.release_mac(mac, old)
+            record.macs = []
         kept = uuid_module.uuid4()
         call.host.ctrl.domain_sethandle(creation.domid, kept.bytes)
         names.rekey(entry, record, str(kept), names.free_name(record.name))

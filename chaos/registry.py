@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
     from types import TracebackType
     from typing import Self
 
@@ -241,21 +241,30 @@ class Registry:
             self.release_mac(mac, record.uuid)
         _remove_directory(entry.path)
 
-    def reserve_mac(self, mac: bytes | None, uuid: str) -> bytes:
+    def reserve_mac(
+        self, mac: bytes | None, uuid: str, taken: Container[str] = frozenset()
+    ) -> bytes:
         """Take a MAC address for a domain, a random one of Xen's if ``mac`` is None.
 
-        Raises StateError if another domain of ours has it.
+        Raises StateError if another domain of ours has it, or if it is in ``taken``.
         """
         for _ in range(MAC_ATTEMPTS):
             wanted = mac or MAC_PREFIX + os.urandom(3)
-            path = f"{self.path}/macs/{wanted.hex(':')}"
+            text = wanted.hex(":")
+            if text in taken:
+                if mac is not None:
+                    raise self._mac_taken(mac, "")
+                continue
+            path = f"{self.path}/macs/{text}"
             try:
                 os.symlink(uuid, path)
             except FileExistsError:
-                owner = _read_link(path) or ""
-                if not os.path.exists(f"{self.path}/domains/{owner}"):
-                    self._drop_link(path, owner)  # its domain was killed half made
-                elif mac is not None:
+                owner = _read_link(path)
+                if owner == uuid:
+                    return wanted
+                if owner is None or self._drop_if_stale(path, owner):
+                    continue
+                if mac is not None:
                     raise self._mac_taken(mac, owner) from None
             else:
                 return wanted
@@ -264,6 +273,14 @@ class Registry:
     def release_mac(self, mac: str, uuid: str) -> None:
         """Give back a MAC address, in the usual notation; not if another domain has it now."""
         self._drop_link(f"{self.path}/macs/{mac}", uuid)
+
+    def _drop_if_stale(self, path: str, owner: str) -> bool:
+        """Drop the link of a domain that was killed half made; whether that was so."""
+        with self.locked():
+            stale = not os.path.exists(f"{self.path}/domains/{owner}")
+            if stale:
+                self._drop_link(path, owner)
+            return stale
 
     def _mac_taken(self, mac: bytes, owner: str) -> StateError:
         record = self.read(owner)
@@ -294,9 +311,14 @@ class Registry:
         return any(True for _ in self._stale_staging())
 
     def sweep(self) -> None:
-        """Remove staged directories whose maker died; the caller holds the registry's lock."""
+        """Remove what makers that died left; the caller holds the registry's lock."""
         for name in self._stale_staging():
             _remove_directory(f"{self.path}/domains/{name}")
+        for mac in os.listdir(f"{self.path}/macs"):
+            path = f"{self.path}/macs/{mac}"
+            owner = _read_link(path)
+            if owner is not None and not os.path.exists(f"{self.path}/domains/{owner}"):
+                self._drop_link(path, owner)
 
     def _stale_staging(self) -> Iterator[str]:
         for name in self._listing():

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chaos.host import Host
     from chaos.netspec import VlanConfig
     from chaos.vifspec import VifConfig
-    from noxs.bus import Bus
+    from noxs.bus import Bus, Transaction
 
 POSTED = 8  # receive buffers in the ring before the guest runs
 PAGES = 2 + POSTED  # tx ring, rx ring, buffers
@@ -53,7 +53,9 @@ CONNECT_TIMEOUT = 30.0
 CLOSE_TIMEOUT = 30.0
 STATE_INITIALISING, STATE_CONNECTED, STATE_CLOSING, STATE_CLOSED = "1", "4", "5", "6"
 NETBACK = "/sys/bus/xen-backend/drivers/vif"
-DEVICES = "/sys/bus/xen-backend/devices"
+DEVICES = "/sys/devices"  # a link below /sys/bus would go before the driver has let go
+OPEN_VSWITCH = "/run/openvswitch/db.sock"
+MTU = 1500
 FEATURES = (
     abi.VIF_RX_SG | abi.VIF_RX_CSUM_BLANK | abi.VIF_RX_NOTIFY | abi.VIF_TX_SG
     | abi.VIF_TX_CSUM_BLANK
@@ -64,7 +66,8 @@ class PreparedVif(NamedTuple):
     """A vif of a shell: where its pages, grants and channel are.
 
     ``pfn`` is the guest page of its first of PAGES pages, ``frames`` their machine frames,
-    ``gref`` the first of as many grant references, ``port`` the guest's event channel.
+    ``gref`` the first of as many grant references, ``port`` the guest's event channel,
+    ``mtu`` in bytes.
     """
 
     config: VifConfig
@@ -73,6 +76,7 @@ class PreparedVif(NamedTuple):
     frames: tuple[int, ...]
     gref: int
     port: int
+    mtu: int = MTU
 
     def describe(self) -> Vif:
         """The vif as the guest reads of it."""
@@ -95,7 +99,7 @@ class PreparedVif(NamedTuple):
             queues=(queue,),
             backend=DOM0,
             features=FEATURES,
-            mtu=config.mtu or 1500,
+            mtu=self.mtu,
             ipv4=ipv4.ip.packed if ipv4 else b"",
             ipv4_prefix=ipv4.network.prefixlen if ipv4 else 0,
             ipv4_gateway=config.gateway4.packed if config.gateway4 else b"",
@@ -205,7 +209,8 @@ def check(config: VifConfig) -> None:
     if not hotplug.running():
         raise DeviceError("xendevd is not running", hint="start it: it plugs the vifs")
     hotplug.script_for(config.script)
-    if not config.openvswitch and not os.path.isdir(f"/sys/class/net/{config.bridge}/bridge"):
+    linux = os.path.isdir(f"/sys/class/net/{config.bridge}/bridge")
+    if not linux and not (config.openvswitch or os.path.exists(OPEN_VSWITCH)):
         raise DeviceError(
             f'vif {config.devid}: there is no bridge "{config.bridge}"',
             hint=f"ip link add {config.bridge} type bridge",
@@ -217,36 +222,66 @@ def check(config: VifConfig) -> None:
         )
 
 
-def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> None:
+def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> list[PreparedVif]:
     """Write the nodes of ``vifs`` and wait until netback has connected them all.
 
-    Raises DeviceError with what xendevd or netback gave as the reason.
+    Returns them with the MTU that their interfaces got. Raises DeviceError with what xendevd or
+    netback gave as the reason.
     """
+    disconnect_all(bus, domid)  # a domid comes round again: nothing of its last owner may count
     pairs = [pair for vif in vifs for pair in nodes(domid, name, vif)]
-    bus.transact(lambda tx: tx.write_many(pairs))
-    waiting = {backend_path(domid, vif.config.devid): vif.config.devid for vif in vifs}
+    written = f"{backend_path(domid, vifs[0].config.devid)}/frontend-id"
+
+    def write(tx: Transaction) -> None:
+        # After a commit whose reply was lost, writing again would undo what netback did since.
+        if tx.get(written) is None:
+            tx.write_many(pairs)
+
+    bus.transact(write)
+    waiting = {vif.config.devid for vif in vifs}
     with _watching(bus, backend_directory(domid)) as changes:
         for _ in changes(CONNECT_TIMEOUT):
-            for path, devid in list(waiting.items()):
-                if _connected(bus, path, devid):
-                    del waiting[path]
+            waiting = {devid for devid in waiting if not _connected(bus, domid, devid)}
             if not waiting:
-                return
-    devid = min(waiting.values())
+                return [vif._replace(mtu=_mtu(domid, vif.config)) for vif in vifs]
+    devid = min(waiting)
     raise DeviceError(
-        f"vif {devid}: netback did not connect it within {CONNECT_TIMEOUT:.0f} s",
-        hint="is xendevd running?",
+        f"vif {devid}: not connected within {CONNECT_TIMEOUT:.0f} s"
+        + _netback_error(bus, domid, devid),
+        hint="do xendevd and netback run?",
     )
 
 
-def _connected(bus: Bus, path: str, devid: int) -> bool:
+def _connected(bus: Bus, domid: int, devid: int) -> bool:
+    path = backend_path(domid, devid)
     keys = ("state", hotplug.STATUS, hotplug.ERROR_TEXT)
     state, status, why = bus.read_many(f"{path}/{key}" for key in keys)
     if status == hotplug.ERROR:
         raise DeviceError(f"vif {devid}: {why or 'xendevd could not plug it'}")
-    if state in {STATE_CLOSING, STATE_CLOSED}:
-        raise DeviceError(f"vif {devid}: netback refused it", hint="dmesg says why")
+    said = _netback_error(bus, domid, devid)
+    if state in {STATE_CLOSING, STATE_CLOSED} or (said and not _driven(domid, devid)):
+        raise DeviceError(f"vif {devid}: netback refused it{said}", hint="dmesg may say more")
     return state == STATE_CONNECTED
+
+
+def _netback_error(bus: Bus, domid: int, devid: int) -> str:
+    """What netback wrote about a vif that failed (xenbus_va_dev_error), with ": " in front."""
+    text = bus.get(f"{_errors(domid)}/{devid}/error")
+    return f": {' '.join(text.split())}" if text else ""
+
+
+def _errors(domid: int) -> str:
+    return f"/local/domain/{DOM0}/error/backend/vif/{domid}"
+
+
+def _mtu(domid: int, config: VifConfig) -> int:
+    """The MTU of a plugged vif: the configured one, or what xendevd took from the bridge."""
+    name = config.vifname or f"vif{domid}.{config.devid}"
+    try:
+        with open(f"/sys/class/net/{name}/mtu", encoding="ascii") as file:
+            return int(file.read())
+    except OSError:
+        return config.mtu or MTU
 
 
 def disconnect_all(bus: Bus, domid: int) -> None:
@@ -260,43 +295,47 @@ def disconnect_all(bus: Bus, domid: int) -> None:
 def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:
     """Have netback let go of vifs, and remove their nodes; missing ones are fine.
 
-    netback unmaps the rings, closes its channel and ends its threads before it says that it
-    is closed (backend_disconnect); the interface goes right after. Raises DeviceError when
-    it does not within CLOSE_TIMEOUT; the nodes are removed even then.
+    netback unmaps the rings, ends its threads and removes the interface before its device goes
+    (netback_remove). Raises DeviceError when that takes longer than CLOSE_TIMEOUT; the nodes
+    are removed even then.
     """
     known = [devid for devid in devids if bus.exists(f"{backend_path(domid, devid)}/frontend")]
     changes = [(f"{backend_path(domid, devid)}/online", "0") for devid in known]
     changes += [(f"{frontend_path(domid, devid)}/state", STATE_CLOSED) for devid in known]
     if known:
         bus.transact(lambda tx: tx.write_many(changes))
-    try:
-        _await_gone(bus, domid, known)
-    finally:
-        paths = [backend_path(domid, devid) for devid in devids]
-        paths += [frontend_path(domid, devid) for devid in devids]
-        bus.rm_many(paths)
-        _prune(bus, (backend_directory(domid), f"/local/domain/{domid}"))
-
-
-def _await_gone(bus: Bus, domid: int, devids: Sequence[int]) -> None:
-    waiting = set(devids)
-    with _watching(bus, backend_directory(domid)) as changes:
-        for _ in changes(CLOSE_TIMEOUT):
-            states = bus.read_many(f"{backend_path(domid, devid)}/state" for devid in devids)
-            closed = (None, STATE_CLOSED)
-            waiting = {
-                devid for devid, state in zip(devids, states, strict=True) if state not in closed
-            }
-            if not waiting:
-                break
     deadline = time.monotonic() + CLOSE_TIMEOUT
-    while any(os.path.exists(f"{DEVICES}/vif-{domid}-{devid}") for devid in devids):
-        if waiting or time.monotonic() > deadline:
-            raise DeviceError(
-                f"vif {min(waiting or devids)} of domain {domid}: netback does not let go of it",
-                hint="dmesg says why",
-            )
-        time.sleep(0.001)  # the device is being unregistered; nothing tells when it is gone
+    # A device whose probe failed has no driver to close it; it goes with its nodes.
+    _await(deadline, lambda: not any(_driven(domid, devid) for devid in devids))
+    paths = [backend_path(domid, devid) for devid in devids]
+    paths += [frontend_path(domid, devid) for devid in devids]
+    bus.rm_many([*paths, _errors(domid)])
+    _prune(bus, (backend_directory(domid), f"/local/domain/{domid}", *_error_parents()))
+    if not _await(deadline, lambda: not any(map(os.path.exists, _devices(domid, devids)))):
+        left = [os.path.basename(path) for path in _devices(domid, devids) if os.path.exists(path)]
+        raise DeviceError(f"netback does not let go of {', '.join(left)}", hint="dmesg says why")
+
+
+def _error_parents() -> tuple[str, ...]:
+    base = f"/local/domain/{DOM0}/error"
+    return (f"{base}/backend/vif", f"{base}/backend", base)
+
+
+def _devices(domid: int, devids: Sequence[int]) -> list[str]:
+    return [f"{DEVICES}/vif-{domid}-{devid}" for devid in devids]
+
+
+def _driven(domid: int, devid: int) -> bool:
+    return os.path.exists(f"{DEVICES}/vif-{domid}-{devid}/driver")
+
+
+def _await(deadline: float, condition: Callable[[], bool]) -> bool:
+    """Wait for the kernel to finish with a device: nothing that we could wait on tells of it."""
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def _prune(bus: Bus, directories: Sequence[str]) -> None:
@@ -329,3 +368,24 @@ def _watching(bus: Bus, path: str) -> Iterator[Callable[[float], Iterator[None]]
         yield changes
     finally:
         bus.unwatch(path, token)
+
+
+def taken_macs(bus: Bus) -> set[str]:
+    """MAC addresses on this host that no record of ours tells of.
+
+    Dom0's own interfaces, and the vifs of other toolstacks, which exist only beside xenstored.
+    """
+    taken = set()
+    for name in os.listdir("/sys/class/net"):
+        if not name.startswith("vif"):
+            with open(f"/sys/class/net/{name}/address", encoding="ascii") as file:
+                taken.add(file.read().strip())
+    base = f"/local/domain/{DOM0}/backend/vif"
+    if "xenstored" in bus.path and bus.exists(base):
+        paths = [
+            f"{base}/{domid}/{devid}/mac"
+            for domid in bus.directory(base)
+            for devid in bus.directory(f"{base}/{domid}")
+        ]
+        taken |= {mac.lower() for mac in bus.read_many(paths) if mac}
+    return taken

@@ -72,9 +72,9 @@ def run(call: Invocation) -> int:
                 for config in configs:
                     made.append(_create(call, builder, config))
                     advance()
-        except BaseException:
+        except BaseException as error:
             for creation in reversed(made):  # all or nothing
-                creation.undo()
+                _take_back(creation, error)
             raise
         if args.foreground:
             from chaos.foreground import stay
@@ -134,13 +134,18 @@ def _create(call: Invocation, builder: Builder, config: DomainConfig) -> Creatio
             _console(call, creation, start=not args.paused)
         elif (args.profile or args.json) and not args.paused:
             wait_ready(creation, args.ready_timeout)
-    except BaseException:
+    except BaseException as error:
         if creation.domid >= 0 and not args.console:
-            creation.undo()
+            _take_back(creation, error)
         raise
     finally:
         creation.close()
     return creation
+
+
+def _take_back(creation: Creation, error: BaseException) -> None:
+    for line in creation.undo():
+        error.add_note(line)
 
 
 def _console(call: Invocation, creation: Creation, *, start: bool) -> None:

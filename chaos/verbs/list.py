@@ -33,7 +33,10 @@ def run(call: Invocation) -> int:
     if args.domains:
         domains = [find(call.host, call.names, wanted) for wanted in args.domains]
     else:
-        domains = list_domains(call.host, call.names)
+        problems: list[str] = []
+        domains = list_domains(call.host, call.names, problems)
+        for problem in problems:
+            call.warn(problem)
     if args.long:
         call.print_json([_describe(domain) for domain in domains])
         return 0
