@@ -81,6 +81,9 @@ class KillableJournal(Journal):
         self.steps = steps
         super().__init__(directory)
 
+    def __del__(self) -> None:
+        self.close()  # as the kernel does for whoever was killed
+
     def append(self, record: bytes) -> None:
         self.steps()
         before = self.length
@@ -97,6 +100,9 @@ class KillableChannel:
     def __init__(self, steps: Any) -> None:
         self.steps = steps
         self.fd = os.eventfd(0)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
 
     def fileno(self) -> int:
         return self.fd
