@@ -11,6 +11,7 @@ import os
 import select
 from _socket import SO_PEERCRED, SOL_SOCKET, socket  # the socket module takes 10 ms to import
 from struct import Struct
+from time import monotonic
 
 from noxs import snapshot, wire
 from noxs.requests import handle
@@ -49,6 +50,7 @@ JOURNALLED = frozenset({
 
 _CREDENTIALS = Struct("iII")
 _RETRY = 1.0
+_COMPLAIN_EVERY = 10.0
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 
 
@@ -91,6 +93,7 @@ class Broker:
         self.clients: dict[int, Client] = {}
         self.paused: list[Client] = []
         self.next_ident = KERNEL + 1
+        self.complained = -_COMPLAIN_EVERY
         self.stopping = False
         self.snapshot_fd = -1
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -204,7 +207,7 @@ class Broker:
         try:
             timeout = self.xenbus.serve(self.journal)
         except OSError as error:
-            self.log(f"the kernel waits, the journal cannot be written: {error}")
+            self._complain(error)
             return _RETRY
         if self.paused and len(self.xenbus.queue) < KERNEL_BACKLOG:
             for client in self.paused:
@@ -283,9 +286,17 @@ class Broker:
             try:
                 self.journal.append(RECORD.pack(FROM_CLIENT, client.ident) + b"".join(changes))
             except OSError as error:
-                self.log(f"requests refused, the journal cannot be written: {error}")
+                self._complain(error)
                 return False
         return True
+
+    def _complain(self, error: OSError) -> None:
+        now = monotonic()
+        if now > self.complained + _COMPLAIN_EVERY:
+            self.complained = now
+            self.log(
+                f"the journal cannot be written: changes are refused, the kernel waits: {error}"
+            )
 
     def _refuse(self, client: Client, req_id: int, tx_id: int) -> None:
         """Answer what comes before a malformed message, and that with an error; then close."""
