@@ -22,6 +22,7 @@ descriptors travel beside it (SCM_RIGHTS). A reply is {"ok": values} or
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -33,6 +34,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 
+from chaos.image import RAMDISK_MAX
+from chaos.xldoc import printable
 from xenctypes.errors import CallFailed, ChaosError, ImageError, XenError
 
 if TYPE_CHECKING:
@@ -44,8 +47,8 @@ if TYPE_CHECKING:
     from xenctypes.guest import DomBuilder
 
 MESSAGE_MAX = 16384
+TEXT_MAX = 400  # characters of an error that are shown
 KERNEL_MAX = 512 << 20  # bytes, after decompression
-RAMDISK_MAX = 4 << 30
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 PV_GUEST_TYPE = b"xen-3.0-x86_64"
@@ -153,16 +156,19 @@ class Builder:
             raise
         if not reply:
             raise self._died(request["do"])
-        answer = msgpack.unpackb(reply, strict_map_key=True)
-        if "error" in answer:
-            kind, message, hint = answer["error"]
-            raise (ImageError if kind == "image" else XenError)(str(message), hint=str(hint))
-        return answer["ok"]
+        try:
+            answer, failure = _read_reply(reply)
+        except (ValueError, TypeError, msgpack.UnpackException):
+            self.close()  # taken over by an image, perhaps
+            raise XenError("the domain builder sent a reply that makes no sense") from None
+        if failure is not None:
+            raise failure
+        return answer
 
     def _exchange(self, request: bytes, fds: Sequence[int]) -> bytes:
         socket.send_fds(self._socket, [request], fds)
         if not self._poll.poll(PATIENCE * 1000):
-            raise ImageError(f"the domain builder gave no answer for {PATIENCE:.0f} s")
+            raise XenError(f"the domain builder gave no answer for {PATIENCE:.0f} s")
         return self._socket.recv(MESSAGE_MAX)
 
     def _died(self, what: str) -> ChaosError:
@@ -186,13 +192,35 @@ class Builder:
             try:
                 if force:
                     signal.pidfd_send_signal(fd, signal.SIGKILL)
-                exited = bool(select.select([fd], [], [], 1.0)[0])
+                exited = _readable(fd, 1.0)
             finally:
                 os.close(fd)
             if exited:
                 break
             force = True
         return os.waitpid(pid, 0)[1]
+
+
+def _readable(fd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _read_reply(reply: bytes) -> tuple[Any, ChaosError | None]:
+    """What a builder answered: its values, or the error. ValueError if it is neither."""
+    answer = msgpack.unpackb(reply, strict_map_key=True)
+    if not isinstance(answer, dict):
+        raise TypeError
+    if "error" not in answer:
+        return answer.get("ok"), None
+    kind, message, hint = answer["error"]
+    error = ImageError if kind == "image" else XenError
+    return None, error(_text(message), hint=_text(hint))
+
+
+def _text(value: Any) -> str:
+    return printable(str(value)[:TEXT_MAX])
 
 
 def _frames(value: Any, count: int) -> list[int]:
@@ -217,13 +245,29 @@ def _become_builder(channel: socket.socket, parent: int) -> None:
             return
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        _leave_the_terminal()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _close_others(channel.fileno())
         _serve(channel)
         status = 0
     finally:
         os._exit(status)
+
+
+def _leave_the_terminal() -> None:
+    """An image that took the process over could type into the terminal of whoever started it.
+
+    Nor shall unpacking a hostile ramdisk cost anybody else his memory.
+    """
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
+        f.write("1000")
 
 
 def _close_others(keep: int) -> None:
@@ -248,6 +292,8 @@ def _serve(channel: socket.socket) -> None:
                 reply = {"error": [kind, _explain(error), error.hint]}
             except ChaosError as error:
                 reply = {"error": ["xen", error.message, error.hint]}
+            except Exception as error:  # noqa: BLE001 - the parent must hear of it
+                reply = {"error": ["xen", f"domain builder: {type(error).__name__}: {error}", ""]}
             finally:
                 for fd in fds:
                     os.close(fd)

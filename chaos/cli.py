@@ -14,12 +14,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from chaos import __version__
+from chaos.signals import raise_on_end
 from xenctypes.errors import ChaosError, ConfigError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EXIT_INTERRUPTED = 130
+SECONDS_MAX = 10**6
 
 
 class Verb(NamedTuple):
@@ -52,8 +54,18 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}", hint=f"see {self.prog} --help")
 
 
+def seconds(text: str) -> float:
+    """An option's argument in seconds."""
+    value = float(text)
+    if not 0 <= value <= SECONDS_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 to {SECONDS_MAX} seconds")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    _open_standard_streams()
+    raise_on_end()
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = False
     try:
@@ -74,6 +86,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; keep the interpreter from saying so at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        sys.stderr.write(f"chaos: {error.strerror or error}\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _open_standard_streams() -> None:
+    """Put /dev/null where a standard stream is closed: the next file opened must not become it."""
+    names = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+    for fd, (name, mode) in enumerate(names):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _run(arguments: list[str], *, verbose: bool) -> int:

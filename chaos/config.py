@@ -60,6 +60,11 @@ NOT_YET: tuple[tuple[str, Callable[[DomainConfig], bool], str], ...] = (
         "vifs served by another domain than Domain-0 are not supported yet",
     ),
     ("disk", lambda config: bool(config.disks), "disks are not supported yet"),
+    (
+        "maxvcpus",
+        lambda config: config.maxvcpus > config.vcpus,
+        "vCPUs that are plugged in later are not supported yet",
+    ),
 )
 
 _HEX = frozenset("0123456789abcdefABCDEF")

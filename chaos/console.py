@@ -173,7 +173,8 @@ class Console:
         ending = ""
         listening = False
         while not ending:
-            self._show_all(show)
+            data = self.take()
+            show(data)
             unsent = self._send(unsent)
             if self._death.check() is not None:
                 ending = "dead"
@@ -184,26 +185,23 @@ class Console:
                     poll.register(stdin, select.POLLIN)
                 else:  # the guest does not read: let the terminal wait
                     poll.unregister(stdin)
-            for fd in self._ready(poll):
+            for fd in self._ready(poll, wait=not data):  # a guest that floods must not deafen us
                 if fd == stdin:
                     typed, ending = _read_terminal(stdin, IN_SIZE - len(unsent))
                     unsent = self._send(unsent + typed)
-        self._show_all(show)
+        for _ in range(2):  # the ring may wrap
+            show(self.take())
         return ending
 
-    def _ready(self, poll: select.poll) -> list[int]:
+    def _ready(self, poll: select.poll, *, wait: bool) -> list[int]:
         """Wait; take the events that came, and return the descriptors that have them."""
-        timeout = self._death.timeout
+        timeout = self._death.timeout if wait else 0
         ready = [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)]
         if self._death.fd in ready:
             self._death.drain()
         if self._evtchn.fd in ready:
             self._evtchn.unmask(self._evtchn.pending())
         return ready
-
-    def _show_all(self, show: Callable[[bytes], None]) -> None:
-        while data := self.take():
-            show(data)
 
     def _send(self, data: bytes) -> bytes:
         """Put ``data`` into the ring; returns what did not fit."""

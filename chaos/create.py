@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from chaos import image, registry, vif
 from chaos.devicepage import DevicePage
+from chaos.domains import reap
+from chaos.signals import held
 from chaos.steps import (
     BUS,
     CONFIG,
@@ -35,7 +37,7 @@ from chaos.steps import (
 )
 from noxs.abi import STATE_READY
 from noxs.page import Page, pages_needed
-from xenctypes.errors import DeviceError, XenError
+from xenctypes.errors import DeviceError, StateError, XenError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,7 +155,15 @@ def _reserve(creation: Creation) -> None:
         config=creation.config.as_dict(),
     )
     creation.record = record
-    creation.entry = creation.registry.reserve(record)
+    with held():
+        try:
+            creation.entry = creation.registry.reserve(record)
+        except StateError:
+            # What holds the name may be dead; its record is, if nobody locks it.
+            host, names = creation.host, creation.registry
+            if not reap(host, names, host.ctrl.domain_list(), []):
+                raise
+            creation.entry = names.reserve(record)
 
 
 def _release(creation: Creation) -> None:
@@ -201,15 +211,18 @@ def _check_devices(creation: Creation) -> None:
 
 
 def _create_domain(creation: Creation) -> None:
-    creation.domid = creation.host.ctrl.domain_create(
-        uuid=creation.uuid.bytes,
-        flags=0,
-        max_vcpus=creation.config.maxvcpus,
-        max_evtchn_port=EVTCHN_PORT_MAX,
-        max_grant_frames=GRANT_FRAMES_MAX,
-        max_maptrack_frames=MAPTRACK_FRAMES_MAX,
-        grant_opts=creation.host.grant_version,
-    )
+    host = creation.host
+    grant_version = host.grant_version
+    with held():  # a signal must not come between the domain and our knowing of it
+        creation.domid = host.ctrl.domain_create(
+            uuid=creation.uuid.bytes,
+            flags=0,
+            max_vcpus=creation.config.maxvcpus,
+            max_evtchn_port=EVTCHN_PORT_MAX,
+            max_grant_frames=GRANT_FRAMES_MAX,
+            max_maptrack_frames=MAPTRACK_FRAMES_MAX,
+            grant_opts=grant_version,
+        )
 
 
 def _destroy_domain(creation: Creation) -> None:
@@ -235,6 +248,8 @@ def _populate(creation: Creation) -> None:
     config = creation.config
     ctrl = creation.host.ctrl
     ctrl.domain_setmaxmem(creation.domid, config.maxmem * 1024 + SLACK_KIB)
+    if config.maxmem > config.memory:
+        ctrl.domain_set_memmap_limit(creation.domid, config.maxmem * 1024 + SLACK_KIB)
     try:
         creation.reserved = creation.builder.populate(
             creation.domid, mib=config.memory, reserved=creation.reserve
@@ -380,16 +395,19 @@ UNPAUSED_STEPS = CREATE_STEPS[:-1]
 def wait_ready(creation: Creation, timeout: float) -> float | None:
     """Wait for the guest's ready event; milliseconds since unpause, None if none came in time.
 
-    A noxs guest must also have set its state word: an event alone could be anything. The
-    result is kept in the domain's record.
+    The guest must also have set its state word: an event alone could be anything, the first
+    is Xen's own. The result is kept in the domain's record. A guest that does not speak noxs
+    has no way to say that it is ready.
     """
+    if not creation.noxs:
+        return None
     deadline = time.monotonic() + timeout
     evtchn = creation.host.evtchn
     while (left := deadline - time.monotonic()) > 0:
         if not evtchn.wait(creation.store_local, left):
             break
         seen = perf_counter_ns()
-        if creation.page is None or creation.page.words().state == STATE_READY:
+        if creation.page is not None and creation.page.words().state == STATE_READY:
             creation.ready_ms = (seen - creation.unpaused_ns) / 1e6
             break
     if creation.ready_ms is not None and creation.record and creation.entry:

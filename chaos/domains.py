@@ -97,6 +97,7 @@ def find(host: Host, names: Registry, wanted: str) -> Domain:
         else:
             info = _by_name_on_bus(host, names, wanted)
     if info is None:
+        reap(host, names, host.ctrl.domain_list(), [])  # its name may be all that is left of it
         raise StateError(f'no domain "{wanted}"', hint="chaos list shows what runs")
     return _join(host, names, info)
 
@@ -122,7 +123,11 @@ def reap(host: Host, names: Registry, infos: list[DomainInfo], problems: list[st
     alive = {str(uuid_module.UUID(bytes=info.uuid)) for info in infos}
     suspects = []
     for uuid in names.uuids():
-        record = names.read(uuid)
+        try:
+            record = names.read(uuid)
+        except StateError as error:
+            problems.append(f"domain {uuid}: {error}")
+            continue
         if record is None or record.state == registry.BUILDING or uuid not in alive:
             suspects.append(uuid)
     if not suspects and not names.has_stale_staging():
@@ -162,7 +167,10 @@ def _reap_one(host: Host, names: Registry, uuid: str) -> int:
 def _join(host: Host, names: Registry, info: DomainInfo) -> Domain:
     if info.domid == 0:
         return Domain(info, DOM0, None)
-    record = names.read(str(uuid_module.UUID(bytes=info.uuid)))
+    try:
+        record = names.read(str(uuid_module.UUID(bytes=info.uuid)))
+    except StateError:
+        record = None  # damaged: reap tells of it
     if record is not None:
         return Domain(info, record.name, record)
     return Domain(info, _name_on_bus(host, info.domid) or UNNAMED, None)

@@ -7,29 +7,35 @@
         preserve          kept as it is, the command ends
         restart           gone, created again under the same name and UUID
         rename-restart    kept under another name and UUID, created again
+
+Meanwhile the console is drained into its history, so that a guest that talks much does not
+wait for a reader.
 """
 
 from __future__ import annotations
 
 import time
 import uuid as uuid_module
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chaos import vif
+from chaos.console import Console
 from chaos.create import CREATE_STEPS, Creation
-from chaos.death import DeathWatch
 from chaos.destroy import destroy
 from chaos.domains import find, shutdown_name
-from chaos.readiness import wait_dead
+from chaos.signals import held
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
     from chaos.builder import Builder
-    from chaos.death import Death
     from chaos.invocation import Invocation
+    from chaos.registry import Record
+    from xenctypes.ctrl import DomainInfo
 
 RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds, for one that dies young
 YOUNG = 10.0  # seconds
+COREDUMP = "coredump-"
 
 
 def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
@@ -37,59 +43,82 @@ def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
     failures = 0
     while True:
         born = time.monotonic()
-        uuid = creation.uuid
         try:
-            death = _watch(call, creation)
-            action = _action(creation, death)
-            _say(call, creation, death, action)
-            if death.info is None or action == "preserve":
-                return 0
-            if action == "rename-restart":
-                uuid = _set_aside(call, creation)
-            else:
-                destroy(call.host, call.names, find(call.host, call.names, str(uuid)))
-                if action == "destroy":
-                    return 0
-            failures = failures + 1 if time.monotonic() - born < YOUNG else 0
-            time.sleep(RESTART_DELAYS[min(failures, len(RESTART_DELAYS) - 1)])
-        except KeyboardInterrupt:
-            creation.undo()
+            info = _watch(call, creation)
+        except BaseException:  # Ctrl-C among them: what was started here ends here
+            with held():
+                destroy(call.host, call.names, find(call.host, call.names, str(creation.uuid)))
             raise
-        creation = Creation(creation.config, call.host, builder, call.names, uuid)
+        if info is None or info.dying:
+            _say(call, creation, "destroyed by another command")
+            return 0
+        action = action_for(call, creation, info)
+        record = call.names.read(str(creation.uuid))
+        if action == "preserve" or record is None:
+            return 0
+        if action == "rename-restart":
+            _set_aside(call, creation)
+        else:
+            destroy(call.host, call.names, find(call.host, call.names, str(creation.uuid)))
+            if action == "destroy":
+                return 0
+        failures = failures + 1 if time.monotonic() - born < YOUNG else 0
+        time.sleep(RESTART_DELAYS[min(failures, len(RESTART_DELAYS) - 1)])
+        creation = _successor(call, builder, creation, record)
         try:
             creation.run(CREATE_STEPS)
         finally:
             creation.close()
 
 
-def _watch(call: Invocation, creation: Creation) -> Death:
-    with DeathWatch(call.host, creation.domid, creation.uuid.bytes) as watch:
-        return wait_dead(watch)
+def _watch(call: Invocation, creation: Creation) -> DomainInfo | None:
+    """Drain the console until the domain is dead: what the hypervisor says of it then."""
+    assert creation.record is not None
+    with Console(call.host, call.names, creation.record) as console:
+        console.attach(-1, lambda _: None)
+    info = call.host.ctrl.domain_info(creation.domid)
+    return info if info is not None and info.uuid == creation.uuid.bytes else None
 
 
-def _action(creation: Creation, death: Death) -> str:
-    if death.info is None:
-        return "destroy"
+def action_for(call: Invocation, creation: Creation, info: DomainInfo) -> str:
+    """What the configuration wants done with a dead domain; says so, with the reason."""
+    reason = shutdown_name(info)
     config = creation.config
     actions = {
         "poweroff": config.on_poweroff,
         "reboot": config.on_reboot,
         "crash": config.on_crash,
         "watchdog": config.on_watchdog,
-        "soft-reset": config.on_soft_reset,
     }
-    return str(actions.get(shutdown_name(death.info), "preserve"))
+    action = actions.get(reason, "preserve")
+    if action.startswith(COREDUMP):
+        call.warn(f"{action}: no core is written")
+        action = action.removeprefix(COREDUMP)
+    _say(call, creation, f"{reason}, {action}")
+    return action
 
 
-def _say(call: Invocation, creation: Creation, death: Death, action: str) -> None:
+def _say(call: Invocation, creation: Creation, what: str) -> None:
     if not call.args.quiet:
-        reason = "destroyed" if death.info is None else shutdown_name(death.info)
-        call.print(f"{creation.config.name}, domain {creation.domid}: {reason}, {action}")
+        call.print(f"{creation.config.name}, domain {creation.domid}: {what}")
         call.stdout.flush()
 
 
-def _set_aside(call: Invocation, creation: Creation) -> uuid_module.UUID:
-    """Keep the dead domain under a name and UUID of its own; returns the UUID to restart with."""
+def _successor(call: Invocation, builder: Builder, creation: Creation, record: Record) -> Creation:
+    """The create of the same domain again: with the name that it has now, and its addresses."""
+    macs = [bytes.fromhex(mac.replace(":", "")) for mac in record.macs]
+    vifs = tuple(
+        replace(config, mac=mac) for config, mac in zip(creation.config.vifs, macs, strict=True)
+    )
+    config = replace(creation.config, name=record.name, vifs=vifs)
+    return Creation(config, call.host, builder, call.names, creation.uuid)
+
+
+def _set_aside(call: Invocation, creation: Creation) -> None:
+    """Keep the dead domain under a name and UUID of its own, without vifs: its successor has them.
+
+    Raises StateError if it is gone.
+    """
     names = call.names
     old = str(creation.uuid)
     with names.locked(), names.entry(old) as entry:
@@ -97,7 +126,7 @@ def _set_aside(call: Invocation, creation: Creation) -> uuid_module.UUID:
         record = names.read(old)
         if record is None:
             raise StateError(f'domain "{creation.config.name}" is gone')
-        if record.macs:  # the successor has the same vifs
+        if record.macs:
             vif.disconnect_all(call.host.bus, creation.domid)
             for mac in record.macs:
                 names.release_mac(mac, old)
@@ -105,4 +134,3 @@ def _set_aside(call: Invocation, creation: Creation) -> uuid_module.UUID:
         kept = uuid_module.uuid4()
         call.host.ctrl.domain_sethandle(creation.domid, kept.bytes)
         names.rekey(entry, record, str(kept), names.free_name(record.name))
-    return creation.uuid

@@ -79,18 +79,6 @@ def _take_events(
             channel.unmask(channel.pending())
 
 
-def wait_dead(watch: DeathWatch) -> Death:
-    """Wait for one death, without limit."""
-    poll = select.poll()
-    if watch.fd >= 0:
-        poll.register(watch.fd, select.POLLIN)
-    while (death := watch.check()) is None:
-        timeout = watch.timeout
-        if poll.poll(None if timeout is None else timeout * 1000):
-            watch.drain()
-    return death
-
-
 def _page(stack: ExitStack, host: Host, record: Record) -> DevicePage | None:
     if not record.noxs:
         return None

@@ -121,10 +121,18 @@ class Entry:
             except BaseException:
                 os.close(fd)
                 raise
-            if os.fstat(fd).st_nlink:  # not removed while we waited
+            if self._is_at_path(fd):  # neither removed nor renamed while we waited
                 self._fd = fd
                 return True
             os.close(fd)
+
+    def _is_at_path(self, fd: int) -> bool:
+        try:
+            now = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        then = os.fstat(fd)
+        return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
 
     def close(self) -> None:
         """Give the lock back."""
@@ -341,8 +349,12 @@ class Registry:
         try:
             os.symlink(uuid, self._name_path(name))
         except FileExistsError:
+            path = self._name_path(name)
             owner = self.uuid_of(name)
             if owner == uuid:
+                return
+            if owner is None or self._drop_if_stale(path, owner):
+                self._link(name, uuid)
                 return
             raise StateError(
                 f'a domain named "{name}" exists already',
@@ -389,5 +401,11 @@ def _remove_directory(path: str) -> None:
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{path}/{name}")
-    with contextlib.suppress(FileNotFoundError):
+    try:
         os.rmdir(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        _remove_directory(path)  # somebody attached to the console meanwhile

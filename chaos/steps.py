@@ -21,6 +21,7 @@ from __future__ import annotations
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+from chaos.signals import held
 from xenctypes.errors import ChaosError, StepError
 
 if TYPE_CHECKING:
@@ -88,15 +89,19 @@ def perform(
 
 
 def roll_back(steps: Iterable[Step[Context]], context: Context) -> list[str]:
-    """Undo ``steps``, last first; returns a line for each undo that failed itself."""
+    """Undo ``steps``, last first; returns a line for each undo that failed itself.
+
+    Signals that would end the command wait until all is undone.
+    """
     left = []
-    for step in reversed(list(steps)):
-        if step.undo is None:
-            continue
-        try:
-            step.undo(context)
-        except Exception as error:  # noqa: BLE001 - one failed undo must not stop the others
-            left.append(f"undoing {step.name} failed: {error}")
+    with held():
+        for step in reversed(list(steps)):
+            if step.undo is None:
+                continue
+            try:
+                step.undo(context)
+            except Exception as error:  # noqa: BLE001 - one failed undo must not stop the others
+                left.append(f"undoing {step.name} failed: {error}")
     return left
 
 

@@ -312,10 +312,6 @@ class DomBuilder(Handle):
     def cmdline(self, line: bytes) -> None:
         self._set_text("cmdline", line)
 
-    @cmdline.setter
-    def cmdline(self, text: bytes) -> None:
-        self._point("cmdline", text)
-
     @property
     def xen_caps(self) -> bytes:
         """The guest types that the hypervisor runs, separated by spaces."""
@@ -370,13 +366,6 @@ class DomBuilder(Handle):
     def start_info_mfn(self) -> int:
         """The frame of start_info, after ``build_image``."""
         return self.p2m(self.start_info_pfn)
-
-    def _point(self, name: str, text: bytes) -> None:
-        """Point a char * field at a string that lives as long as the build."""
-        self._blobs.append(text)
-        offset, _ = DOM_IMAGE[name]
-        field = c_void_p.from_address(self.field_address(name, offset))
-        field.value = cast(c_char_p(text), c_void_p).value
 
     def _set_text(self, name: str, text: bytes) -> None:
         self._blobs.append(text)

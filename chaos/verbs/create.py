@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from chaos import config as configuration
 from chaos.builder import Builder
+from chaos.cli import seconds
 from chaos.create import CREATE_STEPS, UNPAUSED_STEPS, Creation, profile_json, wait_ready
+from chaos.destroy import destroy
+from chaos.domains import find
 from chaos.progress import progress
-from xenctypes.errors import UsageError
+from chaos.signals import held
+from xenctypes.errors import ChaosError, UsageError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from chaos.invocation import Invocation
 
 READY_TIMEOUT = 10.0
+COUNT_MAX = 32751  # domids that a host has for guests: DOMID_FIRST_RESERVED of xen.h, less Dom0's
 
 
 def configure(parser: ArgumentParser, name: str) -> None:
@@ -50,7 +55,7 @@ def configure(parser: ArgumentParser, name: str) -> None:
     parser.add_argument("--json", action="store_true", help="print what was made as JSON")
     parser.add_argument(
         "--ready-timeout",
-        type=float,
+        type=seconds,
         default=READY_TIMEOUT,
         metavar="S",
         help="how long --profile and --json wait for the ready event (default %(default)s s)",
@@ -73,8 +78,9 @@ def run(call: Invocation) -> int:
                     made.append(_create(call, builder, config))
                     advance()
         except BaseException as error:
-            for creation in reversed(made):  # all or nothing
-                _take_back(creation, error)
+            with held():
+                for creation in reversed(made):  # all or nothing
+                    _take_back(call, creation, error)
             raise
         if args.foreground:
             from chaos.foreground import stay
@@ -110,12 +116,14 @@ def _sources(args: Namespace) -> tuple[str, list[str]]:
     problem = ""
     if path is None:
         problem = "no configuration file"
-    elif args.count is not None and args.count < 1:
-        problem = "--count needs a number of at least 1"
+    elif args.count is not None and not 1 <= args.count <= COUNT_MAX:
+        problem = f"--count needs a number from 1 to {COUNT_MAX}"
     elif args.count and (args.console or args.foreground):
         problem = "--count goes with neither --console nor --foreground"
-    elif args.console and (args.json or args.foreground):
-        problem = "--console goes with neither --json nor --foreground"
+    elif args.console and args.foreground:
+        problem = "--console does not go with --foreground"
+    elif (args.console or args.foreground) and (args.json or args.profile):
+        problem = "--json and --profile go with neither --console nor --foreground"
     if problem:
         raise UsageError(f"chaos create: {problem}", hint="see chaos create --help")
     return path, overrides
@@ -135,17 +143,24 @@ def _create(call: Invocation, builder: Builder, config: DomainConfig) -> Creatio
         elif (args.profile or args.json) and not args.paused:
             wait_ready(creation, args.ready_timeout)
     except BaseException as error:
-        if creation.domid >= 0 and not args.console:
-            _take_back(creation, error)
+        creation.close()
+        if creation.domid >= 0:
+            with held():
+                _take_back(call, creation, error)
         raise
     finally:
         creation.close()
     return creation
 
 
-def _take_back(creation: Creation, error: BaseException) -> None:
-    for line in creation.undo():
-        error.add_note(line)
+def _take_back(call: Invocation, creation: Creation, error: BaseException) -> None:
+    """Destroy what was created; another command may have done so already."""
+    uuid = str(creation.uuid)
+    try:
+        if call.names.read(uuid) is not None:
+            destroy(call.host, call.names, find(call.host, call.names, uuid))
+    except ChaosError as failure:
+        error.add_note(str(failure))
 
 
 def _console(call: Invocation, creation: Creation, *, start: bool) -> None:
@@ -156,7 +171,21 @@ def _console(call: Invocation, creation: Creation, *, start: bool) -> None:
     with Console(call.host, call.names, creation.record) as console:
         if start:
             creation.run(CREATE_STEPS[len(UNPAUSED_STEPS) :])
-        attach(call, console)
+        creation.close()  # its lock above all: others may rename or destroy the domain now
+        ending = attach(call, console)
+    if ending == "dead":
+        _conclude(call, creation)
+
+
+def _conclude(call: Invocation, creation: Creation) -> None:
+    """Do what the configuration wants for a domain that died under its console."""
+    from chaos.foreground import action_for
+
+    info = call.host.ctrl.domain_info(creation.domid)
+    if info is None or info.uuid != creation.uuid.bytes or info.dying:
+        return
+    if action_for(call, creation, info) == "destroy":
+        destroy(call.host, call.names, find(call.host, call.names, str(creation.uuid)))
 
 
 def _report(call: Invocation, made: list[Creation]) -> int:

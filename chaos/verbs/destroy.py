@@ -33,13 +33,15 @@ def run(call: Invocation) -> int:
     if bool(args.domains) == args.all:
         raise UsageError("chaos destroy: name domains, or give --all")
     if args.all:
-        targets = [d for d in list_domains(call.host, call.names) if d.record is not None]
+        made = (d for d in list_domains(call.host, call.names) if d.record is not None)
+        targets = [domain.uuid for domain in made]
     else:
-        targets = [find(call.host, call.names, wanted) for wanted in args.domains]
+        targets = args.domains
     failure: ChaosError | None = None
     gone = []
-    for domain in targets:
+    for wanted in targets:
         try:
+            domain = find(call.host, call.names, wanted)
             destroy(call.host, call.names, domain, force=args.force)
         except ChaosError as error:
             if failure is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chaos.domains import find
+from chaos.registry import BUILDING
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
@@ -20,12 +21,17 @@ def configure(parser: ArgumentParser, name: str) -> None:
 
 
 def run(call: Invocation) -> int:
-    """Pause or unpause, as the verb says. Both are idempotent."""
+    """Pause or unpause, as the verb says. Both are idempotent, though Xen counts pauses."""
     domain = find(call.host, call.names, call.args.domain)
     if domain.domid == 0:
         raise StateError("Domain-0 is the host itself and cannot be paused")
+    if domain.record is not None and domain.record.state == BUILDING:
+        raise StateError(f'domain "{domain.name}" is still being created', hint="try again")
+    ctrl = call.host.ctrl
     if call.args.verb == "pause":
-        call.host.ctrl.domain_pause(domain.domid)
-    elif domain.info.paused:
-        call.host.ctrl.domain_unpause(domain.domid)
+        if not domain.info.paused:
+            ctrl.domain_pause(domain.domid)
+        return 0
+    while (info := ctrl.domain_info(domain.domid)) is not None and info.paused:
+        ctrl.domain_unpause(domain.domid)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chaos.cli import seconds
 from chaos.domains import owned, shutdown_name
 from chaos.readiness import DEAD, READY, await_ready_or_dead
 
@@ -23,7 +24,7 @@ def configure(parser: ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--dead", action="store_true", help="wait for death, however ready the domain is"
     )
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds")
+    parser.add_argument("--timeout", type=seconds, metavar="S", help="give up after S seconds")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
