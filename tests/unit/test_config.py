@@ -363,7 +363,7 @@ def test_supported(key: str, wanted: Callable[[DomainConfig], bool], cause: str)
         "type": "type = 'pvh'",
         "vif": "vif = [ 'backend=driver' ]",
         "disk": "disk = [ '/a,raw,xvda' ]",
-        "noxs_metadata": "noxs_metadata = 'a'",
+        "maxvcpus": "maxvcpus = 2",
     }[key]
     config = read(text)
     assert wanted(config)
