@@ -56,6 +56,7 @@ def belongs(item: pytest.Item, kind: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thorough: not repeated on every release")
     for name, text in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
 

@@ -488,7 +488,7 @@ def test_noxsd_answers_as_xenstored_does(tmp_path: Path) -> None:
         try:
             wait(lambda: Path(path).exists(), "noxsd does not start")
             theirs = next(path for path in SOCKETS[1:] if Path(path).exists())
-            for seed in range(150):
+            for seed in range(60):
                 script = conversation(seed)
                 expected, got = replay(theirs, script), replay(path, script)
                 for number, (mine, real) in enumerate(zip(got, expected, strict=True)):
