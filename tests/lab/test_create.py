@@ -215,16 +215,17 @@ def test_a_killed_create_is_reaped(host: Host, footprint: Footprint) -> None:
 
 
 @pytest.mark.thorough
-def test_an_interrupted_create_undoes(footprint: Footprint) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_create_undoes(footprint: Footprint, number: int, code: int) -> None:
     process = subprocess.Popen(
         ["chaos", "create", HELLO, "--count", "50"], stderr=subprocess.PIPE, text=True
     )
     with Host() as host:
         while len(host.ctrl.domain_list()) < 5:
             assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     with Host() as host:
         assert len(host.ctrl.domain_list()) == 1
 
@@ -251,8 +252,11 @@ def test_paused_then_unpaused(host: Host, footprint: Footprint) -> None:
         assert waited.returncode == 124
         chaos("unpause", "hello")
         chaos("wait", "hello", "--timeout", "30")
-        chaos("pause", "hello")
-        assert find(host, Registry(), "hello").info.paused
+        for _ in range(2):
+            chaos("pause", "hello")
+            assert find(host, Registry(), "hello").info.paused
+        chaos("unpause", "hello")
+        assert not find(host, Registry(), "hello").info.paused
     finally:
         chaos("destroy", "hello")
 
@@ -276,6 +280,9 @@ def test_foreground_obeys_the_actions(host: Host, footprint: Footprint) -> None:
 
     done = chaos("create", "-F", HELLO, extra("poweroff"))
     assert "poweroff, destroy" in done.stdout
+    done = chaos("create", "-F", HELLO, extra("crash"), 'on_crash="coredump-destroy"')
+    assert "crash, destroy" in done.stdout
+    assert "no core is written" in done.stderr
     done = chaos("create", "-F", HELLO, extra("crash"), 'on_crash="preserve"')
     assert "crash, preserve" in done.stdout
     try:
@@ -497,3 +504,64 @@ def test_a_domain_destroyed_under_a_console_ends_it(footprint: Footprint) -> Non
     assert attached.returncode == 0
     os.close(silent)
     os.close(keyboard)
+
+
+@pytest.mark.thorough
+def test_rename_restart_sets_the_dead_one_aside(host: Host, footprint: Footprint) -> None:
+    process = subprocess.Popen(
+        ["chaos", "create", "-F", HELLO, 'extra="crash"', 'on_crash="rename-restart"'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for _ in range(2):
+        assert select.select([process.stdout], [], [], 60)[0]
+        assert "crash, rename-restart" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    names = {domain.name for domain in list_domains(host, Registry())}
+    assert "hello-1" in names
+    chaos("destroy", "--all")
+
+
+@pytest.mark.thorough
+def test_a_domain_destroyed_under_its_create_ends_it(footprint: Footprint) -> None:
+    silent, keyboard = os.pipe()
+    for option in ("-c", "-F"):
+        staying = subprocess.Popen(
+            ["chaos", "create", option, HELLO], stdin=silent, stdout=subprocess.PIPE, text=True
+        )
+        with Host() as own:
+            while not [d for d in list_domains(own, Registry()) if d.name == "hello"]:
+                assert staying.poll() is None
+        chaos("wait", "hello", "--timeout", "60", check=False)
+        while chaos("destroy", "hello", check=False).returncode:  # it is still being created
+            assert staying.poll() is None
+        staying.communicate(timeout=60)
+        assert staying.returncode == 0
+    os.close(silent)
+    os.close(keyboard)
+
+
+def test_a_flooding_guest_does_not_hold_the_terminal(footprint: Footprint) -> None:
+    chaos("create", "-q", HELLO, 'extra="flood"')
+    ours, theirs = pty.openpty()
+    try:
+        attached = subprocess.Popen(
+            ["chaos", "console", "hello"], stdin=theirs, stdout=subprocess.DEVNULL, stderr=theirs
+        )
+        while not flooded():
+            assert attached.poll() is None
+        os.write(ours, b"\x1d")
+        assert attached.wait(timeout=60) == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
+        chaos("destroy", "hello")
+
+
+def flooded() -> bool:
+    """Whether a console has taken more than a ring holds."""
+    logs = Path("/run/chaos/domains").glob("*/console.log")
+    return any(log.stat().st_size > 4096 for log in logs)
