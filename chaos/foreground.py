@@ -41,34 +41,36 @@ COREDUMP = "coredump-"
 def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
     """Wait for the domain's end, again and again while it restarts. Ctrl-C destroys it."""
     failures = 0
-    while True:
-        born = time.monotonic()
-        try:
+    uuid = str(creation.uuid)
+    try:
+        while True:
+            born = time.monotonic()
             info = _watch(call, creation)
-        except BaseException:  # Ctrl-C among them: what was started here ends here
-            with held():
-                destroy(call.host, call.names, find(call.host, call.names, str(creation.uuid)))
-            raise
-        if info is None or info.dying:
-            _say(call, creation, "destroyed by another command")
-            return 0
-        action = action_for(call, creation, info)
-        record = call.names.read(str(creation.uuid))
-        if action == "preserve" or record is None:
-            return 0
-        if action == "rename-restart":
-            _set_aside(call, creation)
-        else:
-            destroy(call.host, call.names, find(call.host, call.names, str(creation.uuid)))
-            if action == "destroy":
+            record = call.names.read(uuid)
+            if info is None or info.dying or record is None:
+                _say(call, creation, "destroyed by another command")
                 return 0
-        failures = failures + 1 if time.monotonic() - born < YOUNG else 0
-        time.sleep(RESTART_DELAYS[min(failures, len(RESTART_DELAYS) - 1)])
-        creation = _successor(call, builder, creation, record)
-        try:
-            creation.run(CREATE_STEPS)
-        finally:
-            creation.close()
+            action = action_for(call, creation, info)
+            if action == "preserve":
+                return 0
+            if action == "rename-restart":
+                _set_aside(call, creation)
+            else:
+                destroy(call.host, call.names, find(call.host, call.names, uuid))
+                if action == "destroy":
+                    return 0
+            failures = failures + 1 if time.monotonic() - born < YOUNG else 0
+            time.sleep(RESTART_DELAYS[min(failures, len(RESTART_DELAYS) - 1)])
+            creation = _successor(call, builder, creation, record)
+            try:
+                creation.run(CREATE_STEPS)
+            finally:
+                creation.close()
+    except BaseException:  # Ctrl-C among them: what was started here ends here
+        with held():
+            if call.names.read(uuid) is not None:
+                destroy(call.host, call.names, find(call.host, call.names, uuid))
+        raise
 
 
 def _watch(call: Invocation, creation: Creation) -> DomainInfo | None:

@@ -15,7 +15,7 @@ import os
 import select
 import sys
 from _signal import SIGINT, SIGTERM, set_wakeup_fd, signal  # type: ignore[import-not-found]  # as in noxsd
-from time import monotonic
+from time import monotonic, sleep
 from typing import NoReturn
 
 from noxs.bus import Bus
@@ -27,6 +27,7 @@ from xendevd.openvswitch import OpenVSwitch
 from xendevd.plugger import Plugger
 
 RETRY = 1.0  # seconds until the bus is tried again
+ASKING = 1.0  # seconds that a lock may be held by those who only ask whether we run
 
 
 def log(text: str, *, level: int = 6) -> None:
@@ -104,13 +105,18 @@ class Daemon:
 
 def take_lock(path: str = LOCK) -> int:
     """The lock that says that xendevd runs (noxs.hotplug.running). Raises BusError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise BusError(f"another xendevd is running ({path} is locked)") from error
-    return fd
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    deadline = monotonic() + ASKING
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if monotonic() > deadline:
+                os.close(fd)
+                raise BusError(f"another xendevd is running ({path} is locked)") from error
+            sleep(0.01)
+        else:
+            return fd
 
 
 def parse(argv: list[str]) -> None:

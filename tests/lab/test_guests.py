@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from daemons import noxsd_pid
 
 from chaos import config as configuration
 from chaos.builder import Builder
@@ -22,9 +23,7 @@ from chaos.devicepage import DevicePage
 from chaos.host import Host
 from chaos.registry import Registry
 from noxs import abi, hotplug
-from noxs.bus import Bus
 from noxs.page import encode, patch_identity, patch_metadata, publish, write_request
-from xenctypes.errors import BusError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -264,21 +263,6 @@ def test_spin_burns_and_finds_nothing(make: Callable[..., Guest]) -> None:
 # ---- With a network
 
 
-@pytest.fixture(scope="module")
-def network() -> None:
-    """noxsd and xendevd, started for the rest of this boot where they do not run."""
-    try:
-        Bus.connect(patience=0.1).close()
-    except BusError:
-        with Path("/run/noxsd.log").open("ab") as log:
-            subprocess.Popen(["noxsd"], stdout=log, stderr=log, start_new_session=True)
-        wait_for(lambda: Path("/run/noxs/socket").exists(), "noxsd does not start")
-    if not hotplug.running():
-        with Path("/run/xendevd.log").open("ab") as log:
-            subprocess.Popen(["xendevd"], stdout=log, stderr=log, start_new_session=True)
-        wait_for(hotplug.running, "xendevd does not start")
-
-
 def vif(last: int, *more: str) -> str:
     return ",".join(("bridge=xenbr0", f"ip=10.77.0.{last}/24", *more))
 
@@ -409,6 +393,7 @@ def test_pages_beyond_the_bootstrap_mapping(make: Callable[..., Guest]) -> None:
 @pytest.mark.parametrize("words", ["", "close end=crash", "spare=page,console end=sleep"])
 def test_a_scribbling_guest_hurts_nobody(make: Callable[..., Guest], words: str) -> None:
     honest = ready(make("daytime", "", vifs(vif(25)), name="honest"))
+    bus = noxsd_pid()
     for seed in range(4):
         scribbler = make(
             "noxs-fuzz", f"seed={seed} {words}", vifs(vif(26)), name=f"scribbler-{seed}"
@@ -423,6 +408,8 @@ def test_a_scribbling_guest_hurts_nobody(make: Callable[..., Guest], words: str)
         scribbler.said()
         assert " 5 received, 0% packet loss" in ping("10.77.0.25", 5), honest.said()
         assert DAYTIME.fullmatch(ask_tcp("10.77.0.25"))
+    assert noxsd_pid() == bus
+    assert hotplug.running()
 
 
 # ---- With xl

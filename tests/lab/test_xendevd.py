@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from daemons import stop_xendevd
 
 from noxs import hotplug
 from noxs.bus import Bus
@@ -59,6 +60,7 @@ class Xendevd:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        stop_xendevd()
         self.process = subprocess.Popen(["xendevd"])
         wait(hotplug.running, "xendevd does not start")
 
