@@ -407,12 +407,14 @@ def test_a_linux_kernel_boots_to_userland(host: Host, footprint: Footprint, tmp_
         f'kernel = "/boot/vmlinuz-{os.uname().release}"\nramdisk = "{ramdisk}"\n'
         'extra = "console=hvc0"\non_poweroff = "preserve"\n'
     )
-    silent, _ = os.pipe()  # a terminal on which nobody types
+    silent, keyboard = os.pipe()  # a terminal on which nobody types
     try:
         console = chaos("create", "-c", str(cfg), stdin=silent)
         assert "userland-reached" in console.stdout
         chaos("wait", "--dead", "linux", "--timeout", "60")
     finally:
+        os.close(silent)
+        os.close(keyboard)
         chaos("destroy", "linux")
 
 
