@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lab import cache, debian
-from lab.errors import ChaosError
+from lab.errors import ChaosError, LabError
 from lab.progress import say
 from lab.release import RELEASES
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except ChaosError as error:
         say(str(error))
         return error.exit_code
-    results = [_run(part) for part in _parts(arguments)]
+    results = [_run_again_after_a_crash(part) for part in _parts(arguments)]
     print("\n" + "=" * 24 + " summary " + "=" * 24)
     for result in results:
         verdict = "passed" if result.passed else f"FAILED (status {result.status})"
@@ -130,6 +130,15 @@ def _wanted(host: str) -> bool:
     words = [f"mark.{host}"] + (["mark.anyhost"] if host == "xenstored" else [])
     texts = [path.read_text() for path in (cache.TREE / "tests" / "lab").rglob("test_*.py")]
     return any(word in text for word in words for text in texts)
+
+
+def _run_again_after_a_crash(part: Part) -> Result:
+    """Run a part; once more if the lab itself broke, which says nothing about the tests."""
+    result = _run(part)
+    if result.status == LabError.exit_code and part.name.startswith("lab "):
+        say(f"{part.name}: the lab broke down (above); one more try in a new boot")
+        result = _run(part)
+    return result
 
 
 def _run(part: Part) -> Result:
