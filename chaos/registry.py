@@ -150,6 +150,7 @@ class Registry:
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path or os.environ.get("CHAOS_RUN_DIR") or RUN_DIR
+        self._locked = False
 
     def prepare(self) -> None:
         """Make the directories; StateError if that is not allowed."""
@@ -164,12 +165,17 @@ class Registry:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the registry's lock, for renames and reaps."""
+        """Hold the registry's lock, for renames and reaps; again by the same holder is fine."""
+        if self._locked:
+            yield
+            return
         fd = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
+            self._locked = True
             yield
         finally:
+            self._locked = False
             os.close(fd)
 
     def reserve(self, record: Record) -> Entry:

@@ -58,6 +58,46 @@ def test_rename_to_a_taken_name_changes_nothing(names: Registry) -> None:
     assert names.uuid_of("taken") == B
 
 
+def test_a_rename_under_the_lock_tells_taken_from_stale(names: Registry) -> None:
+    names.reserve(Record(B, "taken")).close()
+    os.symlink("00000000-0000-4000-8000-00000000000c", f"{names.path}/names/=stale")
+    record = Record(A, "old")
+    with names.reserve(record) as entry, names.locked():
+        with pytest.raises(StateError, match="taken"):
+            names.rename(entry, record, "taken")
+        names.rename(entry, record, "stale")
+    assert names.uuid_of("stale") == A
+
+
+def test_mac_addresses_are_given_once(names: Registry) -> None:
+    mac = bytes.fromhex("00163e000001")
+    names.reserve(Record(A, "web", macs=["00:16:3e:00:00:01"])).close()
+    assert names.reserve_mac(mac, A) == mac
+    assert names.reserve_mac(mac, A) == mac
+    names.reserve(Record(B, "other")).close()
+    with pytest.raises(StateError, match='in use by "web"'):
+        names.reserve_mac(mac, B)
+    with pytest.raises(StateError, match="in use"):
+        names.reserve_mac(bytes.fromhex("00163e000002"), B, {"00:16:3e:00:00:02"})
+    assert names.reserve_mac(None, B)[:3] == mac[:3]
+    record = names.read(A)
+    assert record is not None
+    with names.entry(A) as entry:
+        names.forget(entry, record)
+    assert names.reserve_mac(mac, B) == mac
+
+
+def test_the_mac_address_of_a_domain_that_is_gone_is_free(names: Registry) -> None:
+    names.prepare()
+    os.symlink(A, f"{names.path}/macs/00:16:3e:00:00:01")
+    mac = bytes.fromhex("00163e000001")
+    names.reserve(Record(B, "other")).close()
+    assert names.reserve_mac(mac, B) == mac
+    os.symlink(A, f"{names.path}/macs/00:16:3e:00:00:02")
+    names.sweep()
+    assert os.listdir(f"{names.path}/macs") == ["00:16:3e:00:00:01"]
+
+
 def test_rekey_makes_room_for_a_successor(names: Registry) -> None:
     record = Record(A, "web")
     with names.reserve(record) as entry:
