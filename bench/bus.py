@@ -196,13 +196,18 @@ def sockets(server: Server, count: int, vif_count: int) -> dict[str, object]:
     """All figures of one server's socket."""
     with Bus.connect(server.path) as bus:
         bus.write("/bench/node", "value")
-    figures: dict[str, object] = {
-        "read": round_trips(server, wire.READ, b"/bench/node\0", b"value", count),
-        "write": round_trips(server, wire.WRITE, b"/bench/node\0value", b"OK\0", count),
-        "read_pipelined": pipelined(server, wire.READ, b"/bench/node\0", b"value", count),
-        "write_pipelined": pipelined(server, wire.WRITE, b"/bench/node\0value", b"OK\0", count),
-        "vifs": vifs(server, vif_count),
-    }
+    read = (server, wire.READ, b"/bench/node\0", b"value", count)
+    write = (server, wire.WRITE, b"/bench/node\0value", b"OK\0", count)
+    figures: dict[str, object] = {}
+    for name, measurement in (
+        ("read", lambda: round_trips(*read)),
+        ("write", lambda: round_trips(*write)),
+        ("read_pipelined", lambda: pipelined(*read)),
+        ("write_pipelined", lambda: pipelined(*write)),
+        ("vifs", lambda: vifs(server, vif_count)),
+    ):
+        figures[name] = measurement()
+        print(f"{server.name}: {name}: {figures[name]}", file=sys.stderr)
     with Bus.connect(server.path) as bus:
         bus.rm("/bench")
     return figures
@@ -242,6 +247,8 @@ def netback(count: int) -> Figures:
         written = time.perf_counter()
         while waiting:
             changed = waiting.intersection(path for path, _ in bus.events(60))
+            if time.perf_counter() > written + 600:
+                raise SystemExit(f"netback does not answer: {sorted(waiting)}")
             states = bus.read_many(sorted(changed))
             ready = zip(sorted(changed), states, strict=True)
             waiting -= {path for path, state in ready if state == "2"}
@@ -252,7 +259,9 @@ def netback(count: int) -> Figures:
             front, back = front_and_back(domid)
             bus.write_many([(f"{back}/online", 0), (f"{front}/state", 6), (f"{back}/state", 5)])
             bus.rm_many([front, back, f"/local/domain/{domid}", back.removesuffix("/0")])
-        while any(Path(f"/sys/class/net/vif{domid}.0").exists() for domid in domids):
+        while left := [d for d in domids if Path(f"/sys/class/net/vif{d}.0").exists()]:
+            if time.perf_counter() > made + 300:
+                raise SystemExit(f"vifs of domains {left} do not go")
             time.sleep(0.01)
         removed = time.perf_counter()
     return {
