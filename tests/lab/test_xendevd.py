@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from daemons import stop_xendevd
+from daemons import ensure_bus, stop_xendevd
 
 from noxs import hotplug
 from noxs.bus import Bus
-from noxs.hotplug import BusError
 from xendevd.netlink import Link, Rtnetlink
 
 if TYPE_CHECKING:
@@ -39,14 +38,8 @@ def wait(condition: Callable[[], object], what: str) -> None:
 @pytest.fixture(scope="module")
 def bus() -> Iterator[Bus]:
     """The host's store; noxsd is started, for the rest of this boot, where there is none."""
-    try:
-        connected = Bus.connect(patience=0.1)
-    except BusError:
-        with Path("/run/noxsd.log").open("wb") as log:
-            subprocess.Popen(["noxsd"], stdout=log, stderr=log, start_new_session=True)
-        wait(lambda: Path("/run/noxs/socket").exists(), "noxsd does not start")
-        connected = Bus.connect()
-    with connected:
+    ensure_bus()
+    with Bus.connect() as connected:
         yield connected
 
 
