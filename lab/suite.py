@@ -2,7 +2,7 @@
 
 Every kind of host is booted once for all tests that belong to it (tests/lab/conftest.py
 says which those are), and not at all if there are none. Everything runs on the first release; on
-the others, unless they are asked for by name, what is not marked ``thorough`` runs, on one kind of
+the others, unless they are asked for by name, what is marked ``every_release`` runs, on one kind of
 host.
 """
 
@@ -111,7 +111,7 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
         return
     for number in arguments.debian or RELEASES:
         brief = not arguments.debian and number != next(iter(RELEASES))
-        chosen_tests = ["-m", "not thorough"] if brief else []
+        chosen_tests = ["-m", "every_release"] if brief else []
         for host in arguments.host or (["noxs"] if brief else HOSTS):
             if host != "noxs" and not _wanted(host):
                 continue

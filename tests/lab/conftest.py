@@ -56,7 +56,7 @@ def belongs(item: pytest.Item, kind: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "thorough: not repeated on every release")
+    config.addinivalue_line("markers", "every_release: repeated on every release of Debian")
     for name, text in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
 

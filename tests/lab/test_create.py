@@ -105,6 +105,7 @@ def chaos(*argv: str, check: bool = True, **options: Any) -> subprocess.Complete
     return done
 
 
+@pytest.mark.every_release
 @pytest.mark.anyhost
 def test_hello_says_hello_and_becomes_ready(host: Host, footprint: Footprint) -> None:
     made = json.loads(chaos("create", HELLO, "--json").stdout)
@@ -128,7 +129,6 @@ def test_hello_says_hello_and_becomes_ready(host: Host, footprint: Footprint) ->
     assert "hello" not in chaos("list").stdout
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("victim", [step.name for step in CREATE_STEPS])
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_a_failure_at_any_step_leaves_nothing(
@@ -153,6 +153,7 @@ def test_a_failure_at_any_step_leaves_nothing(
     footprint.settled()
 
 
+@pytest.mark.every_release
 @pytest.mark.anyhost
 def test_a_hundred_creates_leak_nothing(host: Host, builder: Builder, footprint: Footprint) -> None:
     for _ in range(100):
@@ -174,7 +175,6 @@ def test_a_name_is_taken_once(host: Host, footprint: Footprint) -> None:
         chaos("destroy", "hello")
 
 
-@pytest.mark.thorough
 def test_of_two_racing_creates_one_wins(footprint: Footprint) -> None:
     for _ in range(3):
         racers = [
@@ -188,7 +188,6 @@ def test_of_two_racing_creates_one_wins(footprint: Footprint) -> None:
         assert any("exists already" in text for text in said)
 
 
-@pytest.mark.thorough
 def test_a_killed_create_is_reaped(host: Host, footprint: Footprint) -> None:
     read, write = os.pipe()
     pid = os.fork()
@@ -214,7 +213,6 @@ def test_a_killed_create_is_reaped(host: Host, footprint: Footprint) -> None:
     assert [d.name for d in list_domains(host, Registry())] == ["Domain-0"]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_create_undoes(footprint: Footprint, number: int, code: int) -> None:
     process = subprocess.Popen(
@@ -230,7 +228,6 @@ def test_an_interrupted_create_undoes(footprint: Footprint, number: int, code: i
         assert len(host.ctrl.domain_list()) == 1
 
 
-@pytest.mark.thorough
 def test_count_names_and_all_or_nothing(host: Host, footprint: Footprint) -> None:
     chaos("create", "-q", HELLO, "--count", "3", 'name="fw-{n}"')
     try:
@@ -261,7 +258,6 @@ def test_paused_then_unpaused(host: Host, footprint: Footprint) -> None:
         chaos("destroy", "hello")
 
 
-@pytest.mark.thorough
 def test_rename(host: Host, footprint: Footprint) -> None:
     chaos("create", "-q", HELLO)
     try:
@@ -295,7 +291,6 @@ def test_foreground_obeys_the_actions(host: Host, footprint: Footprint) -> None:
         chaos("destroy", "hello")
 
 
-@pytest.mark.thorough
 def test_foreground_restarts_until_interrupted(host: Host, footprint: Footprint) -> None:
     process = subprocess.Popen(
         ["chaos", "create", "-F", HELLO, 'extra="reboot"', 'on_reboot="restart"'],
@@ -312,7 +307,6 @@ def test_foreground_restarts_until_interrupted(host: Host, footprint: Footprint)
     assert process.returncode == 130
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -334,7 +328,6 @@ def test_a_bad_image_is_named(
     assert failed.stderr.count("\n") == 1
 
 
-@pytest.mark.thorough
 def test_mangled_images_never_harm_the_host(
     host: Host, footprint: Footprint, tmp_path: Path
 ) -> None:
@@ -359,7 +352,6 @@ def test_mangled_images_never_harm_the_host(
     chaos("destroy", "hello")
 
 
-@pytest.mark.thorough
 def test_a_builder_that_dies_fails_one_create(host: Host, footprint: Footprint) -> None:
     with Builder() as builder:
 
@@ -383,6 +375,7 @@ def test_too_much_memory_is_refused_clearly(host: Host, footprint: Footprint) ->
     assert failed.stderr.count("\n") == 1
 
 
+@pytest.mark.every_release
 def test_a_linux_kernel_boots_to_userland(host: Host, footprint: Footprint, tmp_path: Path) -> None:
     """Debian's own kernel with a busybox initramfs, console only."""
     root = tmp_path / "root"
@@ -418,7 +411,6 @@ def test_a_linux_kernel_boots_to_userland(host: Host, footprint: Footprint, tmp_
         chaos("destroy", "linux")
 
 
-@pytest.mark.thorough
 def test_verbs_name_what_is_unknown() -> None:
     for verb in ("destroy", "pause", "unpause", "console", "wait", "domid", "domname"):
         failed = chaos(verb, "nobody", check=False)
@@ -492,7 +484,6 @@ def read_until(fd: int, wanted: bytes) -> bytes:
     return seen
 
 
-@pytest.mark.thorough
 def test_a_domain_destroyed_under_a_console_ends_it(footprint: Footprint) -> None:
     silent, keyboard = os.pipe()
     chaos("create", "-q", HELLO)
@@ -508,7 +499,6 @@ def test_a_domain_destroyed_under_a_console_ends_it(footprint: Footprint) -> Non
     os.close(keyboard)
 
 
-@pytest.mark.thorough
 def test_rename_restart_sets_the_dead_one_aside(host: Host, footprint: Footprint) -> None:
     process = subprocess.Popen(
         ["chaos", "create", "-F", HELLO, 'extra="crash"', 'on_crash="rename-restart"'],
@@ -527,7 +517,6 @@ def test_rename_restart_sets_the_dead_one_aside(host: Host, footprint: Footprint
     chaos("destroy", "--all")
 
 
-@pytest.mark.thorough
 def test_a_domain_destroyed_under_its_create_ends_it(footprint: Footprint) -> None:
     silent, keyboard = os.pipe()
     for option in ("-c", "-F"):

@@ -121,6 +121,7 @@ def traces() -> Iterator[Traces]:
         measured.gone()
 
 
+@pytest.mark.every_release
 @pytest.mark.anyhost
 def test_a_guest_with_a_vif_answers_and_goes(traces: Traces) -> None:
     made = json.loads(chaos("create", DAYTIME, "--json").stdout)
@@ -132,6 +133,7 @@ def test_a_guest_with_a_vif_answers_and_goes(traces: Traces) -> None:
     traces.gone()
 
 
+@pytest.mark.every_release
 @pytest.mark.anyhost
 def test_fifty_guests_answer_at_once(traces: Traces) -> None:
     for last in range(100, 150):
@@ -150,7 +152,6 @@ def chaos_create(last: int) -> None:
         Creation(config, host, builder, Registry()).run().close()
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("victim", [step.name for step in CREATE_STEPS])
 def test_a_failure_at_any_step_leaves_no_trace(traces: Traces, victim: str) -> None:
     def fail(do: Callable[[Creation], None]) -> Callable[[Creation], None]:
@@ -171,7 +172,6 @@ def test_a_failure_at_any_step_leaves_no_trace(traces: Traces, victim: str) -> N
     traces.gone()
 
 
-@pytest.mark.thorough
 def test_a_create_that_is_killed_is_reaped_with_its_vif(traces: Traces) -> None:
     read, write = os.pipe()
     pid = os.fork()
@@ -197,7 +197,6 @@ def test_a_create_that_is_killed_is_reaped_with_its_vif(traces: Traces) -> None:
     traces.gone()
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("vifs", "said"),
     [
@@ -231,7 +230,6 @@ def test_a_failure_of_xendevd_reaches_the_create(traces: Traces) -> None:
     traces.gone()
 
 
-@pytest.mark.thorough
 def test_a_mac_is_given_once(traces: Traces) -> None:
     chaos("create", "-q", DAYTIME)
     failed = chaos("create", DAYTIME, 'name="other"', check=False)
@@ -243,7 +241,6 @@ def test_a_mac_is_given_once(traces: Traces) -> None:
     assert all(mac.startswith("00:16:3e:") for mac in macs)
 
 
-@pytest.mark.thorough
 def test_settings_reach_the_interface(traces: Traces) -> None:
     chaos("create", "-q", DAYTIME, vif(4, "vifname=uplink", "mtu=1400", "rate=10Mb/s"))
     link = json.loads(
@@ -259,7 +256,6 @@ def test_settings_reach_the_interface(traces: Traces) -> None:
 
 
 @pytest.mark.anyhost
-@pytest.mark.thorough
 def test_a_zombie_is_shown(traces: Traces) -> None:
     """A domain whose memory somebody maps cannot go: it is listed as dying until they let go."""
     made = json.loads(chaos("create", "--json", DAYTIME).stdout)
@@ -293,7 +289,6 @@ def test_no_packet_is_lost_when_the_bus_is_killed(traces: Traces, restart_noxsd:
     assert " 10 received" in ping("10.77.0.3", 10)
 
 
-@pytest.mark.thorough
 def test_without_xendevd_it_says_so(traces: Traces, no_xendevd: Any) -> None:
     failed = chaos("create", DAYTIME, check=False)
     assert failed.returncode == 1
@@ -302,7 +297,6 @@ def test_without_xendevd_it_says_so(traces: Traces, no_xendevd: Any) -> None:
     traces.gone()
 
 
-@pytest.mark.thorough
 def test_without_netback_it_says_so(traces: Traces) -> None:
     subprocess.run(["modprobe", "-r", "xen-netback"], check=True)
     try:

@@ -25,6 +25,8 @@ from xenctypes.gnttab import Gnttab
 from xenctypes.guest import DomBuilder
 from xenctypes.handle import PROT_READ, PROT_WRITE
 
+pytestmark = pytest.mark.every_release
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
