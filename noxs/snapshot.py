@@ -1,16 +1,16 @@
 """A store view as plain data and back, for noxsd's journal.
 
 The data is marshalled in format 4, which every Python from 3.4 on reads: it lives no longer than
-the boot, in a directory that only noxsd can write. Sockets die with the process, so of their
-connections only those with an open transaction are kept, for the log's sake, and their watches
-are not.
+the boot, in a directory that only noxsd can write. Sockets die with the process: of their
+connections only what the log since then refers to is kept, which is the transactions open at the
+time and the number that the next one gets; their watches are not.
 """
 
 from __future__ import annotations
 
 import marshal
 
-from noxs.store import Connection
+from noxs.store import FIRST_TX, Connection
 from noxs.tree import Node, Transaction
 
 TYPE_CHECKING = False
@@ -37,7 +37,7 @@ def dump(store: Store, extra: dict[str, Any]) -> bytes:
             "connections": [
                 _freeze_connection(conn)
                 for conn in store.connections.values()
-                if conn.ident == KERNEL or conn.transactions
+                if conn.ident == KERNEL or conn.next_tx != FIRST_TX
             ],
         },
         FORMAT,

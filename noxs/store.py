@@ -23,6 +23,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+FIRST_TX = 1
+"""The number of a connection's first transaction."""
+
 
 class Watch:
     """A registered watch; ``skip`` bytes of an event's path are left out for a relative one."""
@@ -54,7 +57,7 @@ class Connection(Caller):
         self.out: list[bytes] = []
         self.watches: dict[tuple[bytes, bytes], Watch] = {}
         self.transactions: dict[int, Transaction] = {}
-        self.next_tx = 1
+        self.next_tx = FIRST_TX
 
 
 class Store:

@@ -35,9 +35,6 @@ MARKS = {
     "systemd": "runs on a host booted by systemd",
 }
 
-# Tests that kill the store come first, on a boot in which little has happened yet.
-ORDER = {"test_noxsd": 0, "test_vif": 1, "test_xendevd": 2, "test_guests": 3}
-
 
 def host_kind() -> str:
     """What this host is: "noxs", "xenstored", "systemd", or "" outside Dom0."""
@@ -70,7 +67,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not config.option.collectonly:
             raise pytest.UsageError("tests/lab runs in Dom0: scripts/test lab")
         return
-    items.sort(key=lambda item: ORDER.get(item.path.stem, len(ORDER)))
     others = [item for item in items if not belongs(item, kind)]
     if others:
         config.hook.pytest_deselected(items=others)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from xenbus_peer import Peer, page_file
 
@@ -273,6 +273,103 @@ def test_sockets_changes_reach_the_kernel_once_across_kills(tmp_path: Path) -> N
     assert paths == [b"backend/%d" % number for number in range(40)]
     assert list(host.broker.store.connections) == [0]
     assert host.broker.next_ident == 10
+
+
+PATHS = [b"backend", b"backend/vif/1", b"backend/vif/1/state", b"backend/vif/2", b"/big"]
+"""The script's kernel watches "backend" and "/big"."""
+
+actions = st.one_of(
+    st.tuples(st.just("kernel"), st.integers(1, 200)),
+    st.tuples(st.just("start"), st.integers(0, 2)),
+    st.tuples(st.just("write"), st.integers(0, 2), st.sampled_from(PATHS), st.booleans()),
+    st.tuples(st.just("rm"), st.integers(0, 2), st.sampled_from(PATHS), st.booleans()),
+    st.tuples(st.just("end"), st.integers(0, 2), st.sampled_from([b"T", b"F"])),
+    st.tuples(st.just("hang up"), st.integers(0, 2)),
+    st.tuples(st.just("snapshot")),
+    st.tuples(st.just("kill")),
+)
+
+
+class Reference:
+    """A store that is never killed, with the three clients that its actions speak of."""
+
+    def __init__(self) -> None:
+        self.store, self.kernel = Store(), Connection(0)
+        self.store.connect(self.kernel)
+        self.decoder = wire.Decoder()
+        self.clients: dict[int, Connection] = {}
+        self.count = 0
+
+    def client(self, number: int) -> Connection:
+        if number not in self.clients:
+            self.count += 1
+            self.clients[number] = Connection(self.count)
+            self.store.connect(self.clients[number])
+        return self.clients[number]
+
+    def hang_up(self, number: int) -> None:
+        if number in self.clients:
+            self.store.disconnect(self.clients.pop(number))
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@example([  # a client that had a transaction before the snapshot, and one after it
+    ("kernel", 100), ("start", 0), ("end", 0, b"T"), ("snapshot",),
+    ("start", 0), ("write", 0, b"backend", True), ("end", 0, b"T"), ("kill",),
+])  # fmt: skip
+@given(st.lists(actions, max_size=60))
+def test_a_restored_store_says_what_an_unharmed_one_does(
+    tmp_path_factory: pytest.TempPathFactory, sequence: Any
+) -> None:
+    host, reference, stream = Host(tmp_path_factory.mktemp("host")), Reference(), STREAM
+    host.run(b"")
+    clients: dict[int, Connection] = {}
+    for name, *args in sequence:
+        broker = host.broker
+        if name == "kernel":
+            piece, stream = stream[: args[0]], stream[args[0] :]
+            for message in reference.decoder.feed(piece):
+                handle(reference.store, reference.kernel, message)
+            host.run(piece)
+        elif name == "snapshot":
+            broker.journal.rotate(broker._state)
+            assert broker.journal.settle()
+        elif name == "kill":
+            host.broker = None
+            clients.clear()
+            for number in range(3):
+                reference.hang_up(number)
+            host.run(b"")
+        elif name == "hang up":
+            reference.hang_up(args[0])
+            if args[0] in clients:
+                broker.store.disconnect(clients.pop(args[0]))
+        else:
+            twin = reference.client(args[0])
+            if args[0] not in clients:
+                clients[args[0]] = Connection(broker.next_ident)
+                broker.store.connect(clients[args[0]])
+                broker.next_ident += 1
+            client = clients[args[0]]
+            tx = max(client.transactions, default=0) if name == "end" or args[-1] is True else 0
+            request = {
+                "start": (wire.TRANSACTION_START, 1, 0, b"\0"),
+                "write": (wire.WRITE, 1, tx, args[1] + b"\0value" if args[1:] else b""),
+                "rm": (wire.RM, 1, tx, args[1] + b"\0" if args[1:] else b""),
+                "end": (wire.TRANSACTION_END, 1, tx, args[1] + b"\0" if args[1:] else b""),
+            }[name]
+            assert broker._journal(client, [request])
+            handle(broker.store, client, request)
+            handle(reference.store, twin, request)
+            assert client.out == twin.out
+    host.broker = None
+    assert host.run(b"") == b"".join(reference.kernel.out)
+    host.broker.store.tree.check()
+    assert {
+        path: (node.value, node.perms) for path, node in host.broker.store.tree.nodes.items()
+    } == {path: (node.value, node.perms) for path, node in reference.store.tree.nodes.items()}
 
 
 def test_a_corrupt_ring_is_announced_and_left_alone_until_the_kernel_reconnects(
