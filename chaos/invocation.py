@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Mapping
 
     from chaos.host import Host
     from chaos.registry import Registry
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Invocation:
-    """What a verb may use: ``args`` as parsed, streams, the directory that paths start from."""
+    """What a verb may use: ``args`` as parsed, streams, the directory that paths start from.
+
+    ``cancel`` is a descriptor that becomes readable when the caller wants the verb to end (Ctrl-C
+    at a client, or a client that is gone), or -1 where a signal says so: whoever waits long polls
+    it too. ``environ`` is the caller's environment.
+    """
 
     args: Namespace
     host: Host
@@ -30,6 +36,8 @@ class Invocation:
     stdin: TextIO = sys.stdin
     stdout: TextIO = sys.stdout
     stderr: TextIO = sys.stderr
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    cancel: int = -1
 
     def print(self, *lines: str) -> None:
         """Write lines to the standard output."""

@@ -161,3 +161,7 @@ class PageError(ChaosError):
 
 class DeviceError(ChaosError):
     """A vif or vbd could not be set up or torn down."""
+
+
+class ProtocolError(ChaosError):
+    """The daemon's socket: a frame or a request that breaks the protocol, or a lost connection."""
