@@ -317,13 +317,13 @@ def _answer(
 ) -> Any:
     domid = request["domid"]
     if request["do"] == "populate":
-        build = builds[domid] = _populate(ctrl, domid, request["mib"])
+        build = builds[domid] = populate(ctrl, domid, request["mib"])
         top = request["mib"] << 8
         return [build.p2m(pfn) for pfn in range(top - request["reserved"], top)]
     if request["do"] == "load":
         build = builds.pop(domid)
         try:
-            return list(_load(build, request, fds))
+            return list(load(build, request, fds))
         finally:
             build.release()
     dropped = builds.pop(domid, None)
@@ -332,7 +332,8 @@ def _answer(
     return None
 
 
-def _populate(ctrl: Xenctrl, domid: int, mib: int) -> DomBuilder:
+def populate(ctrl: Xenctrl, domid: int, mib: int) -> DomBuilder:
+    """Give a fresh PV domain its memory, in this process."""
     from xenctypes.guest import DomBuilder
 
     build = DomBuilder(ctrl)
@@ -367,7 +368,8 @@ def _check_reserved(build: DomBuilder, reserved: int) -> None:
         )
 
 
-def _load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:
+def load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:
+    """Build the image behind the descriptors, in this process; ``request`` as for a builder."""
     build.cmdline = request["cmdline"]
     build.kernel_max_size(KERNEL_MAX)
     build.kernel_file(f"/proc/self/fd/{fds[0]}")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from chaos import xlcfg
 from chaos.domconfig import (
     DISKS_MAX,
+    LIMITS,
     VIFS_MAX,
     DomainConfig,
     check_name,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UNDERSTOOD", "DomainConfig", "check_name", "from_document", "load", "supported"]
 
-_INTEGERS = ("memory", "maxmem", "vcpus", "maxvcpus")
+_INTEGERS = ("memory", "maxmem", "vcpus", "maxvcpus", *LIMITS)
 _ACTIONS = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
 UNDERSTOOD = (
     *("name", "uuid", "type", "builder", "kernel", "ramdisk", "cmdline", "root", "extra"),

@@ -49,9 +49,6 @@ if TYPE_CHECKING:
     from chaos.registry import Entry, Record, Registry
 
 SLACK_KIB = 1024  # above maxmem, as libxl's LIBXL_MAXMEM_CONSTANT
-EVTCHN_PORT_MAX = 1023
-GRANT_FRAMES_MAX = 64
-MAPTRACK_FRAMES_MAX = 1024
 
 
 @dataclass
@@ -81,6 +78,7 @@ class Creation:
     ready_ms: float | None = None
     unpaused_ns: int = 0
     timings: list[Timing] = field(default_factory=list)
+    metadata_room: int = 0  # bytes, for metadata that comes later
 
     def __post_init__(self) -> None:
         if self.config.uuid is not None:
@@ -94,7 +92,8 @@ class Creation:
     @property
     def more_pages(self) -> int:
         """How many pages the device page needs beyond its first."""
-        return pages_needed((None,) * len(self.config.vifs), len(self.config.metadata)) - 1
+        room = max(len(self.config.metadata), self.metadata_room)
+        return pages_needed((None,) * len(self.config.vifs), room) - 1
 
     @property
     def reserve(self) -> int:
@@ -192,6 +191,11 @@ def _close_images(creation: Creation) -> None:
     creation.kernel = creation.ramdisk = None
 
 
+def _check_vifs(creation: Creation) -> None:
+    for config in creation.config.vifs:
+        vif.check(config)
+
+
 def _check_devices(creation: Creation) -> None:
     if not creation.config.vifs:
         return
@@ -200,8 +204,7 @@ def _check_devices(creation: Creation) -> None:
             "the image does not speak noxs, and vifs of stock guests are not supported yet",
             hint="build it with noxs.h, or leave vif= out",
         )
-    for config in creation.config.vifs:
-        vif.check(config)
+    _check_vifs(creation)
     assert creation.record is not None
     taken = vif.taken_macs(creation.host.bus)
     for config in creation.config.vifs:
@@ -218,9 +221,9 @@ def _create_domain(creation: Creation) -> None:
             uuid=creation.uuid.bytes,
             flags=0,
             max_vcpus=creation.config.maxvcpus,
-            max_evtchn_port=EVTCHN_PORT_MAX,
-            max_grant_frames=GRANT_FRAMES_MAX,
-            max_maptrack_frames=MAPTRACK_FRAMES_MAX,
+            max_evtchn_port=creation.config.max_event_channels,
+            max_grant_frames=creation.config.max_grant_frames,
+            max_maptrack_frames=creation.config.max_maptrack_frames,
             grant_opts=grant_version,
         )
 
@@ -273,12 +276,15 @@ def _open_channels(creation: Creation) -> None:
     ctrl = creation.host.ctrl
     creation.console_port = ctrl.evtchn_alloc_unbound(creation.domid, 0)
     creation.store_port = ctrl.evtchn_alloc_unbound(creation.domid, 0)
+
+
+def _bind_store(creation: Creation) -> None:
     creation.store_local = creation.host.evtchn.bind_interdomain(
         creation.domid, creation.store_port
     )
 
 
-def _close_channels(creation: Creation) -> None:
+def _unbind_store(creation: Creation) -> None:
     if creation.store_local:
         creation.host.evtchn.unbind(creation.store_local)
         creation.store_local = 0
@@ -381,7 +387,8 @@ CREATE_STEPS: tuple[Step[Creation], ...] = (
     Step("create domain", PREPARE, HYPERVISOR, _create_domain, _destroy_domain),
     Step("create vcpus", PREPARE, HYPERVISOR, _create_vcpus),
     Step("populate", PREPARE, HYPERVISOR, _populate, _depopulate),
-    Step("open channels", PREPARE, HYPERVISOR, _open_channels, _close_channels),
+    Step("open channels", PREPARE, HYPERVISOR, _open_channels),
+    Step("bind channel", PREPARE, HYPERVISOR, _bind_store, _unbind_store),
     Step("prepare vifs", PREPARE, DEVICES, _prepare_vifs, _forget_vifs),
     Step("connect vifs", PREPARE, BUS, _connect_vifs, _disconnect_vifs),
     Step("load image", EXECUTE, IMAGE, _load),
@@ -390,6 +397,15 @@ CREATE_STEPS: tuple[Step[Creation], ...] = (
     Step("unpause", EXECUTE, HYPERVISOR, _unpause),
 )
 UNPAUSED_STEPS = CREATE_STEPS[:-1]
+SHELL_STEPS: tuple[Step[Creation], ...] = (
+    Step("check devices", PREPARE, CONFIG, _check_vifs),
+    *(step for step in CREATE_STEPS if step.phase == PREPARE and step.name != "bind channel"),
+)
+"""A shell without an image, made elsewhere than in the process that owns it."""
+IMAGE_STEPS: tuple[Step[Creation], ...] = tuple(
+    step for step in CREATE_STEPS if step.name in {"load image", "write page"}
+)
+"""What makes a shell warm."""
 
 
 def wait_ready(creation: Creation, timeout: float) -> float | None:

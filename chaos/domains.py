@@ -109,7 +109,7 @@ def owned(host: Host, names: Registry, wanted: str) -> tuple[Domain, Record]:
         raise StateError(
             f'domain "{wanted}" was not made by chaos', hint="use the toolstack that made it"
         )
-    if domain.record.state == registry.BUILDING:
+    if domain.record.state != registry.RUNNING:
         raise StateError(f'domain "{wanted}" is still being created', hint="try again")
     return domain, domain.record
 
@@ -122,13 +122,16 @@ def reap(host: Host, names: Registry, infos: list[DomainInfo], problems: list[st
     """
     alive = {str(uuid_module.UUID(bytes=info.uuid)) for info in infos}
     suspects = []
+    daemon = names.daemon_runs()
     for uuid in names.uuids():
         try:
             record = names.read(uuid)
         except StateError as error:
             problems.append(f"domain {uuid}: {error}")
             continue
-        if record is None or record.state == registry.BUILDING or uuid not in alive:
+        if record is not None and record.state == registry.SHELL and daemon:
+            continue
+        if record is None or record.state != registry.RUNNING or uuid not in alive:
             suspects.append(uuid)
     if not suspects and not names.has_stale_staging():
         return 0
@@ -153,7 +156,7 @@ def _reap_one(host: Host, names: Registry, uuid: str) -> int:
         record = names.read(uuid)
         wanted = uuid_module.UUID(uuid).bytes
         info = next((i for i in host.ctrl.domain_list() if i.uuid == wanted), None)
-        if record is not None and record.state != registry.BUILDING and info is not None:
+        if record is not None and record.state == registry.RUNNING and info is not None:
             return 0
         record = record or registry.Record(uuid=uuid, name="")
         if info is not None:

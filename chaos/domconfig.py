@@ -38,6 +38,11 @@ MEMORY_MAX = (16 << 20) - 1  # MiB: Xen supports guests of less than 16 TiB (SUP
 MEMORY_DEFAULT = 32  # MiB; libxl_create.c, libxl__domain_build_info_setdefault
 VCPUS_MAX = {"pv": 8192, "pvh": 128}  # MAX_VIRT_CPUS of x86, HVM_MAX_VCPUS
 VIFS_MAX = 16
+LIMITS = {  # default, least, most; xl_parse.c and libxl_create.c have the defaults
+    "max_grant_frames": (64, 1, 1 << 16),
+    "max_maptrack_frames": (1024, 0, 1 << 16),
+    "max_event_channels": (1023, 16, (1 << 17) - 1),  # EVTCHN_2L_NR_CHANNELS .. FIFO's
+}
 DISKS_MAX = 32
 
 
@@ -57,6 +62,8 @@ class DomainConfig:
     ``affinity``   for vCPU 0, 1, ... the CPUs it may run on; those beyond the end are free
     ``on_poweroff`` ``on_reboot`` ``on_watchdog`` ``on_crash`` ``on_soft_reset``
                    one of ACTIONS: what to do when the guest stops for that reason
+    ``max_grant_frames`` ``max_maptrack_frames``  pages of the grant tables, 512 grants each
+    ``max_event_channels``  the highest event channel port that the guest may have
     ``vifs``       network interfaces, at most VIFS_MAX
     ``disks``      disks, at most DISKS_MAX
     ``metadata``   bytes for the guest's own use, at most METADATA_MAX
@@ -80,6 +87,9 @@ class DomainConfig:
     on_watchdog: str = "destroy"
     on_crash: str = "destroy"
     on_soft_reset: str = "soft-reset"
+    max_grant_frames: int = LIMITS["max_grant_frames"][0]
+    max_maptrack_frames: int = LIMITS["max_maptrack_frames"][0]
+    max_event_channels: int = LIMITS["max_event_channels"][0]
     vifs: tuple[VifConfig, ...] = ()
     disks: tuple[DiskConfig, ...] = ()
     metadata: bytes = field(default=b"", repr=False)
@@ -130,6 +140,8 @@ class DomainConfig:
         if self.maxvcpus < self.vcpus:
             cause = f"maxvcpus {self.maxvcpus} is less than vcpus {self.vcpus}"
             raise ConfigError(cause, key="maxvcpus")
+        for key, (_, low, high) in LIMITS.items():
+            _check_range(key, getattr(self, key), low, high)
         if len(self.affinity) > self.maxvcpus:
             cause = f"CPUs for {len(self.affinity)} vCPUs, but there are {self.maxvcpus}"
             raise ConfigError(cause, key="cpus")
@@ -171,6 +183,7 @@ class DomainConfig:
             "on_watchdog": self.on_watchdog,
             "on_crash": self.on_crash,
             "on_soft_reset": self.on_soft_reset,
+            **{key: getattr(self, key) for key in LIMITS},
             "vif": [vif.as_dict() for vif in self.vifs],
             "disk": [disk.as_dict() for disk in self.disks],
             "noxs_metadata": b64encode(self.metadata).decode(),

@@ -67,6 +67,7 @@ class Identity(NamedTuple):
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
 
 class OpenImage:
@@ -94,10 +95,10 @@ class OpenImage:
     def changed(self) -> bool:
         """Whether the file, or what its path names now, is not what was opened."""
         try:
-            named = _identity(os.stat(self.path))
+            named = identity(os.stat(self.path))
         except OSError:
             return True
-        return not self.identity == named == _identity(os.fstat(self.fd))
+        return not self.identity == named == identity(os.fstat(self.fd))
 
     def digest(self) -> str:
         """SHA-256 of the contents, in hexadecimal."""
@@ -245,7 +246,7 @@ def _check(fd: int, path: str, what: str, limit: int) -> OpenImage:
         raise ImageError(
             f"{what} {path!r} has {status.st_size} bytes, more than the {limit} that are accepted"
         )
-    return OpenImage(path, fd, _identity(status))
+    return OpenImage(path, fd, identity(status))
 
 
 def _kind_of_file(mode: int) -> str:
@@ -259,8 +260,11 @@ def _kind_of_file(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "no regular file")
 
 
-def _identity(status: os.stat_result) -> Identity:
-    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def identity(status: os.stat_result) -> Identity:
+    """Which version of which file ``status`` is of."""
+    return Identity(
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )
 
 
 def _error(path: str, why: object, hint: str = "") -> ImageError:

@@ -4,6 +4,7 @@
 
     /run/chaos/                     0700
         lock                        flock: held for a rename or a reap, never for a create
+        chaosd.lock                 flock: held by the daemon for as long as it runs
         names/=<name>  -> <uuid>    symlink: made atomically, so one of two racing creates wins
         macs/<mac>     -> <uuid>    the same for MAC addresses
         domains/<uuid>/             flock: held by whoever builds or destroys the domain
@@ -12,7 +13,8 @@
 
 A record whose directory nobody locks and whose domain the hypervisor does not
 know, or whose state is still "building", was left by a process that died: the
-next command reaps it.
+next command reaps it. A record in the state "shell" is the daemon's: a domain that
+waits in its pool, has no name yet, and is reaped like the others once no daemon runs.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from typing import Self
 
 RUN_DIR = "/run/chaos"
+DAEMON_LOCK = "chaosd.lock"
 BUILDING = "building"
+SHELL = "shell"
 RUNNING = "running"
 FORMAT = 1
 STAGED = ".new-"
@@ -49,7 +53,8 @@ class Record:
     ``console_frame`` and ``store_frame`` are the machine frames of the console ring and the
     device page (or XenStore ring), -1 before they are known. ``console_port`` and
     ``store_port`` are event channels on the guest's side; 0 means none.
-    ``macs`` are the addresses of its vifs, in their order.
+    ``macs`` are the addresses of its vifs, in their order. ``paused`` is whether it was created to
+    stay paused.
     ``created`` is seconds since the epoch; ``ready_ms`` the time from unpause to the guest's
     ready event, None until it was seen.
     """
@@ -59,6 +64,7 @@ class Record:
     state: str = BUILDING
     domid: int = -1
     noxs: bool = False
+    paused: bool = False
     console_frame: int = -1
     console_port: int = 0
     store_frame: int = -1
@@ -178,6 +184,59 @@ class Registry:
             self._locked = False
             os.close(fd)
 
+    def daemon_runs(self) -> bool:
+        """Whether a chaosd holds its lock on this registry."""
+        try:
+            fd = os.open(f"{self.path}/{DAEMON_LOCK}", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    def add_shell(self, record: Record) -> Entry:
+        """Make the directory of a domain that has no name yet; not locked. StateError if it exists.
+
+        For the daemon, whose lock stands for the locks of all its shells.
+        """
+        with self._stage(record) as entry:
+            directory = f"{self.path}/domains/{record.uuid}"
+            try:
+                os.rename(entry.path, directory)
+            except OSError as error:
+                _remove_directory(entry.path)
+                if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+                    raise
+                raise self._uuid_taken(record.uuid) from None
+        return Entry(self, record.uuid)
+
+    def move_shell(self, old: str, new: str) -> None:
+        """Give a shell's directory another UUID. StateError if that is taken."""
+        try:
+            os.rename(f"{self.path}/domains/{old}", f"{self.path}/domains/{new}")
+        except OSError as error:
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+                raise
+            raise self._uuid_taken(new) from None
+
+    def link_name(self, name: str, uuid: str) -> None:
+        """Give a name to a UUID. StateError if another domain has it."""
+        self._link(name, uuid)
+
+    def unlink_name(self, name: str, uuid: str) -> None:
+        """Take a name away from a UUID; not from another one."""
+        self._unlink(name, uuid)
+
+    def _uuid_taken(self, uuid: str) -> StateError:
+        return StateError(
+            f"a domain with UUID {uuid} exists already",
+            hint="remove uuid= from the configuration to have one generated",
+        )
+
     def reserve(self, record: Record) -> Entry:
         """Take the record's name and UUID for a domain about to be built.
 
@@ -192,10 +251,7 @@ class Registry:
             except OSError as error:
                 if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
                     raise
-                raise StateError(
-                    f"a domain with UUID {record.uuid} exists already",
-                    hint="remove uuid= from the configuration to have one generated",
-                ) from None
+                raise self._uuid_taken(record.uuid) from None
             entry.path = directory
             self._link(record.name, record.uuid)
         except BaseException:

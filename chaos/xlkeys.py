@@ -38,12 +38,7 @@ _IGNORED = (
     ("cpus_soft", "it is a hint to the scheduler"),
     ("cpu_weight", "the scheduler's weight stays at its default"),
     ("period slice latency extratime", "it is for the RTDS and SEDF schedulers"),
-    (
-        """
-        max_grant_frames max_maptrack_frames max_grant_version max_event_channels
-        """,
-        "chaos decides it by the devices of the guest",
-    ),
+    ("max_grant_version", "chaos offers the highest that the hypervisor has"),
     ("nomigrate", "chaos moves no guest unasked"),
     ("vif2", "xl ignores it too"),
     (

@@ -1,0 +1,1 @@
+"""chaosd: the pre-forking daemon and its pool of shells."""

@@ -1,0 +1,278 @@
+"""Shell makers: processes that make domains ahead of need, for the daemon that owns them.
+
+A maker makes one shell at a time, with all of its devices connected, and perhaps an image in it.
+It parses other people's images with libxenguest: a crash costs one shell, which the daemon reaps
+by its UUID. The shells that have no image yet stay with their maker, since libxenguest keeps what
+it knows of them in this process; they end with it.
+
+::
+
+    daemon                                  maker (python -P -m chaos.daemon.maker)
+      | make {uuid, config, macs, ...}  --->  the prepare steps; with an image also load and page
+      | <--- domid, frames, ports, page, timings
+      | load {uuid, config} + fds       --->  image into a shell of this maker's
+      | drop {uuid}                     --->  all undone
+      | end of file                     --->  exit
+
+Requests and replies are one msgpack value in one SOCK_SEQPACKET message, descriptors beside it
+(SCM_RIGHTS). A reply is {"ok": values} or {"error": [class, message, hint]}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import msgpack
+
+from chaos import builder, registry
+from chaos.configjson import from_dict
+from chaos.create import IMAGE_STEPS, SHELL_STEPS, Creation
+from chaos.host import Host
+from chaos.image import adopt_image, check_abi, check_type, inspect
+from chaos.registry import Registry
+from chaos.steps import Timing, perform, roll_back
+from noxs.page import encode
+from xenctypes.errors import CallFailed, ChaosError, ImageError, StepError
+
+if TYPE_CHECKING:
+    from chaos.image import Identity, OpenImage
+    from xenctypes.guest import DomBuilder
+
+MESSAGE_MAX = 1 << 18
+CHANNEL = 3
+"""The descriptor that a maker talks on."""
+NICE = 10
+DIGESTS_MAX = 64
+PR_SET_PDEATHSIG = 1
+PR_SET_NO_NEW_PRIVS = 38
+
+
+class LocalBuilder:
+    """What chaos.builder.Builder does in another process, done in this one."""
+
+    alive = True
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._builds: dict[int, DomBuilder] = {}
+
+    def populate(self, domid: int, *, mib: int, reserved: int = 0) -> list[int]:
+        """As Builder.populate."""
+        build = self._builds[domid] = builder.populate(self._host.ctrl, domid, mib)
+        top = mib << 8
+        return [build.p2m(pfn) for pfn in range(top - reserved, top)]
+
+    def load(self, domid: int, *, kernel: int, ramdisk: int | None, **rest: Any) -> builder.Loaded:
+        """As Builder.load."""
+        build = self._builds.pop(domid)
+        fds = [kernel] if ramdisk is None else [kernel, ramdisk]
+        try:
+            return builder.load(build, {"ramdisk": ramdisk is not None, **rest}, fds)
+        except CallFailed as error:
+            if error.function in builder.IMAGE_CALLS:
+                why = error.detail or error.message
+                raise ImageError(f"not a bootable image: {why}", hint=error.hint) from error
+            raise
+        finally:
+            build.release()
+
+    def drop(self, domid: int) -> None:
+        """As Builder.drop."""
+        build = self._builds.pop(domid, None)
+        if build is not None:
+            build.release()
+
+
+class Maker:
+    """Serves one daemon."""
+
+    def __init__(self, channel: socket.socket, names: Registry) -> None:
+        self.channel = channel
+        self.names = names
+        self.host = Host()
+        self.builder = LocalBuilder(self.host)
+        self.shells: dict[str, Creation] = {}
+        self.digests: dict[Identity, str] = {}
+
+    def serve(self) -> None:
+        """Answer until the daemon closes its end."""
+        while True:
+            message, fds, _, _ = socket.recv_fds(self.channel, MESSAGE_MAX, 2)
+            if not message:
+                return
+            try:
+                request = msgpack.unpackb(message)
+                reply = {"ok": getattr(self, f"_{request['do']}")(request, fds)}
+            except ChaosError as error:
+                reply = {"error": [_class(error), error.message, error.hint]}
+            except Exception as error:  # noqa: BLE001 - the daemon must hear of it
+                reply = {"error": ["ChaosError", f"{type(error).__name__}: {error}", ""]}
+            finally:
+                for fd in fds:
+                    with contextlib.suppress(OSError):  # adopted, and closed with its image
+                        os.close(fd)
+            self.channel.send(msgpack.packb(reply))
+
+    def _make(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """A shell, warm if there are descriptors."""
+        creation = self._creation(request)
+        warm = bool(fds)
+        if warm:
+            self._open(creation, fds)
+        timings: list[Timing] = []
+        digest = self._digest(creation.kernel)
+        steps = SHELL_STEPS + IMAGE_STEPS if warm else SHELL_STEPS
+        try:
+            perform(steps, creation, timings, subject="cannot make a shell")
+        except StepError as error:
+            # The step's own error, without the words that are the daemon's to choose.
+            raise _cause(error) from error
+        finally:
+            if warm:
+                _close(creation)
+        if not warm:
+            self.shells[request["uuid"]] = creation
+        return self._describe(creation, timings, digest)
+
+    def _load(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """An image into a shell that is here; a failure ends the shell."""
+        creation = self.shells.pop(request["uuid"])
+        creation.config = from_dict(request["config"])
+        timings: list[Timing] = []
+        try:
+            self._open(creation, fds)
+            perform(IMAGE_STEPS, creation, timings, subject="cannot load the image")
+        except BaseException as error:
+            roll_back(SHELL_STEPS, creation)
+            if isinstance(error, StepError):
+                raise _cause(error) from error
+            raise
+        finally:
+            _close(creation)
+        return self._describe(creation, timings)
+
+    def _drop(self, request: dict[str, Any], _fds: list[int]) -> list[str]:
+        """The end of a shell that has no image."""
+        creation = self.shells.pop(request["uuid"], None)
+        return [] if creation is None else roll_back(SHELL_STEPS, creation)
+
+    def _creation(self, request: dict[str, Any]) -> Creation:
+        creation = Creation(
+            from_dict(request["config"]),
+            self.host,
+            self.builder,  # type: ignore[arg-type]  # has the methods that the steps use
+            self.names,
+            UUID(request["uuid"]),
+        )
+        macs = request["macs"]
+        creation.macs = macs
+        creation.metadata_room = request["metadata_room"]
+        creation.record = registry.Record(
+            uuid=request["uuid"],
+            name=creation.config.name,
+            state=registry.SHELL,
+            macs=[mac.hex(":") for mac in macs],
+        )
+        creation.entry = self.names.entry(request["uuid"])
+        return creation
+
+    def _open(self, creation: Creation, fds: list[int]) -> None:
+        path = creation.config.kernel
+        creation.kernel = _adopt(fds, 0, path)
+        creation.info = inspect(creation.kernel, payload=False)
+        check_type(creation.info, creation.config.type, path=path)
+        check_abi(creation.info)
+        if len(fds) > 1:
+            creation.ramdisk = _adopt(fds, 1, creation.config.ramdisk)
+
+    def _digest(self, image: OpenImage | None) -> str:
+        """The image's SHA-256; of a version of a file that was read before, from memory."""
+        if image is None:
+            return ""
+        if image.identity not in self.digests:
+            if len(self.digests) >= DIGESTS_MAX:
+                self.digests.clear()
+            self.digests[image.identity] = image.digest()
+        return self.digests[image.identity]
+
+    def _describe(
+        self, creation: Creation, timings: list[Timing], digest: str = ""
+    ) -> dict[str, Any]:
+        loaded = creation.loaded
+        page = bytes(encode(creation.describe())) if creation.noxs else b""
+        return {
+            "domid": creation.domid,
+            "noxs": creation.noxs,
+            "console_port": creation.console_port,
+            "store_port": creation.store_port,
+            "console_frame": loaded.console_frame if loaded else -1,
+            "page_frames": creation.page_frames if creation.noxs else [],
+            "store_frame": loaded.store_frame if loaded else -1,
+            "page": page,
+            "digest": digest,
+            "timings": [[t.name, t.phase, t.category, t.ns] for t in timings],
+        }
+
+
+def _adopt(fds: list[int], index: int, path: str) -> OpenImage:
+    return adopt_image(os.dup(fds[index]), path, ramdisk=bool(index))
+
+
+def _close(creation: Creation) -> None:
+    for image in (creation.kernel, creation.ramdisk):
+        if image is not None:
+            image.close()
+    creation.kernel = creation.ramdisk = None
+    if creation.page is not None:
+        creation.page.close()
+        creation.page = None
+
+
+def _cause(error: StepError) -> ChaosError:
+    cause = error.__cause__
+    if isinstance(cause, ChaosError):
+        return type(cause)(cause.message, hint=cause.hint) if _plain(cause) else error
+    return error
+
+
+def _plain(error: ChaosError) -> bool:
+    return not isinstance(error, (CallFailed, StepError))
+
+
+def _class(error: ChaosError) -> str:
+    return type(error).__name__ if _plain(error) else "XenError"
+
+
+def main() -> int:
+    """Run a maker on descriptor CHANNEL; ``sys.argv`` has the parent's pid and the registry."""
+    parent, run_dir = int(sys.argv[1]), sys.argv[2]
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.getppid() != parent:
+        return 1
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the daemon's to handle: it closes the channel
+    os.setsid()
+    os.nice(NICE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
+        f.write("1000")
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=CHANNEL)
+    maker = Maker(channel, Registry(run_dir))
+    maker.host.ctrl.physinfo()  # libraries and handles, before anybody waits
+    channel.send(msgpack.packb({"ok": "ready"}))
+    maker.serve()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
