@@ -140,13 +140,14 @@ def reap(host: Host, names: Registry, infos: list[DomainInfo], problems: list[st
     reaped = 0
     for uuid in suspects:
         try:
-            reaped += _reap_one(host, names, uuid)
+            reaped += reap_one(host, names, uuid)
         except ChaosError as error:
             problems.append(f"what is left of domain {uuid} cannot be removed: {error}")
     return reaped
 
 
-def _reap_one(host: Host, names: Registry, uuid: str) -> int:
+def reap_one(host: Host, names: Registry, uuid: str) -> int:
+    """Reap one, unless it is finished and alive or somebody holds its lock; how many were."""
     with names.entry(uuid) as entry:
         try:
             if not entry.lock(wait=False):

@@ -15,27 +15,20 @@ wait for a reader.
 from __future__ import annotations
 
 import time
-import uuid as uuid_module
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chaos import vif
+from chaos import afterlife
 from chaos.console import Console
 from chaos.create import CREATE_STEPS, Creation
 from chaos.destroy import destroy
 from chaos.domains import find, shutdown_name
 from chaos.signals import held
-from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
     from chaos.builder import Builder
     from chaos.invocation import Invocation
     from chaos.registry import Record
     from xenctypes.ctrl import DomainInfo
-
-RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds, for one that dies young
-YOUNG = 10.0  # seconds
-COREDUMP = "coredump-"
 
 
 def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
@@ -54,13 +47,13 @@ def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
             if action == "preserve":
                 return 0
             if action == "rename-restart":
-                _set_aside(call, creation)
+                afterlife.set_aside(call.host, call.names, uuid)
             else:
                 destroy(call.host, call.names, find(call.host, call.names, uuid))
                 if action == "destroy":
                     return 0
-            failures = failures + 1 if time.monotonic() - born < YOUNG else 0
-            time.sleep(RESTART_DELAYS[min(failures, len(RESTART_DELAYS) - 1)])
+            failures = failures + 1 if time.monotonic() - born < afterlife.YOUNG else 0
+            time.sleep(afterlife.delay(failures))
             creation = _successor(call, builder, creation, record)
             try:
                 creation.run(CREATE_STEPS)
@@ -84,19 +77,10 @@ def _watch(call: Invocation, creation: Creation) -> DomainInfo | None:
 
 def action_for(call: Invocation, creation: Creation, info: DomainInfo) -> str:
     """What the configuration wants done with a dead domain; says so, with the reason."""
-    reason = shutdown_name(info)
-    config = creation.config
-    actions = {
-        "poweroff": config.on_poweroff,
-        "reboot": config.on_reboot,
-        "crash": config.on_crash,
-        "watchdog": config.on_watchdog,
-    }
-    action = actions.get(reason, "preserve")
-    if action.startswith(COREDUMP):
-        call.warn(f"{action}: no core is written")
-        action = action.removeprefix(COREDUMP)
-    _say(call, creation, f"{reason}, {action}")
+    action, warning = afterlife.action_for(creation.config, info)
+    if warning:
+        call.warn(warning)
+    _say(call, creation, f"{shutdown_name(info)}, {action}")
     return action
 
 
@@ -108,31 +92,5 @@ def _say(call: Invocation, creation: Creation, what: str) -> None:
 
 def _successor(call: Invocation, builder: Builder, creation: Creation, record: Record) -> Creation:
     """The create of the same domain again: with the name that it has now, and its addresses."""
-    macs = [bytes.fromhex(mac.replace(":", "")) for mac in record.macs]
-    vifs = tuple(
-        replace(config, mac=mac) for config, mac in zip(creation.config.vifs, macs, strict=True)
-    )
-    config = replace(creation.config, name=record.name, vifs=vifs)
+    config = afterlife.successor(creation.config, record)
     return Creation(config, call.host, builder, call.names, creation.uuid)
-
-
-def _set_aside(call: Invocation, creation: Creation) -> None:
-    """Keep the dead domain under a name and UUID of its own, without vifs: its successor has them.
-
-    Raises StateError if it is gone.
-    """
-    names = call.names
-    old = str(creation.uuid)
-    with names.locked(), names.entry(old) as entry:
-        entry.lock(wait=True)
-        record = names.read(old)
-        if record is None:
-            raise StateError(f'domain "{creation.config.name}" is gone')
-        if record.macs:
-            vif.disconnect_all(call.host.bus, creation.domid)
-            for mac in record.macs:
-                names.release_mac(mac, old)
-            record.macs = []
-        kept = uuid_module.uuid4()
-        call.host.ctrl.domain_sethandle(creation.domid, kept.bytes)
-        names.rekey(entry, record, str(kept), names.free_name(record.name))

@@ -24,7 +24,7 @@ import errno
 import fcntl
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from xenctypes.errors import StateError
@@ -74,9 +74,11 @@ class Record:
     ready_ms: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """The record as the text of domain.json."""
-        return json.dumps({"format": FORMAT, **asdict(self)})
+    def to_json(self, config: str = "") -> str:
+        """The record as the text of domain.json; ``config`` is the configuration's, if known."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        text = json.dumps({"format": FORMAT, **values})
+        return f'{text[:-1]}, "config": {config or json.dumps(self.config)}}}'
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Record:
@@ -88,6 +90,9 @@ class Record:
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateError(f"damaged domain record: {error}") from error
+
+
+_FIELDS = tuple(field.name for field in fields(Record) if field.name != "config")
 
 
 class Entry:
@@ -343,6 +348,12 @@ class Registry:
     def release_mac(self, mac: str, uuid: str) -> None:
         """Give back a MAC address, in the usual notation; not if another domain has it now."""
         self._drop_link(f"{self.path}/macs/{mac}", uuid)
+
+    def move_mac(self, mac: bytes, old: str, new: str) -> None:
+        """Give the address of a shell whose UUID changes to the new one."""
+        path = f"{self.path}/macs/{mac.hex(':')}"
+        self._drop_link(path, old)
+        os.symlink(new, path)
 
     def _drop_if_stale(self, path: str, owner: str) -> bool:
         """Drop the link of a domain that was killed half made; whether that was so."""

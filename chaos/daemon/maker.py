@@ -7,7 +7,7 @@ it knows of them in this process; they end with it.
 
 ::
 
-    daemon                                  maker (python -P -m chaos.daemon.maker)
+    daemon                                  maker
       | make {uuid, config, macs, ...}  --->  the prepare steps; with an image also load and page
       | <--- domid, frames, ports, page, timings
       | load {uuid, config} + fds       --->  image into a shell of this maker's
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from xenctypes.guest import DomBuilder
 
 MESSAGE_MAX = 1 << 18
-CHANNEL = 3
-"""The descriptor that a maker talks on."""
 NICE = 10
 DIGESTS_MAX = 64
 PR_SET_PDEATHSIG = 1
@@ -252,8 +250,8 @@ def _class(error: ChaosError) -> str:
 
 
 def main() -> int:
-    """Run a maker on descriptor CHANNEL; ``sys.argv`` has the parent's pid and the registry."""
-    parent, run_dir = int(sys.argv[1]), sys.argv[2]
+    """Run a maker; ``sys.argv`` has the parent's pid, the registry, and the socket's descriptor."""
+    parent, run_dir, fd = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -266,7 +264,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
         f.write("1000")
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=CHANNEL)
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=fd)
     maker = Maker(channel, Registry(run_dir))
     maker.host.ctrl.physinfo()  # libraries and handles, before anybody waits
     channel.send(msgpack.packb({"ok": "ready"}))

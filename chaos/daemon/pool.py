@@ -1,0 +1,548 @@
+"""The pool of shells: what is ready, what is made next, and what is given back.
+
+::
+
+    flavour --refill--> maker --> shelf --take--> delivery --> guest
+                                    |
+                                    +--> discarded: its image changed, memory is short,
+                                         the flavour is gone
+
+A shelf is keyed by what cannot change late: the shape and, for warm shells, the version of the
+image file. So a shell of an old image is never taken, however the drain is doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid as uuid_module
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Any
+
+from chaos.daemon.flavour import Flavour, Source
+from chaos.daemon.shell import Shell, prepared
+from chaos.daemon.workers import DELAYS, Worker
+from chaos.domains import reap_one
+from chaos.registry import SHELL, Record
+from chaos.shape import ImageKey, Shape, blank, shape_of
+from xenctypes.errors import ChaosError, StateError, XenError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+    from chaos.daemon.settings import FlavourSpec, Settings
+    from chaos.domconfig import DomainConfig
+    from chaos.host import Host
+    from chaos.image import OpenImage
+    from chaos.registry import Registry
+
+Key = tuple[Shape, ImageKey | None]
+
+QUIET = 0.05
+"""Seconds without a create after which a flavour that is not low is refilled."""
+TICK = 1.0
+OVERHEAD_MIB = 2
+"""What a domain takes of the hypervisor beside its memory, roughly."""
+ASKED_OFTEN = 3
+ASKED_WITHIN = 60.0
+ASKED_MAX = 256
+ADAPTIVE_MAX = 16
+ADAPTIVE = "adaptive-"
+
+
+class Pool:
+    """All flavours, their shells and the makers. Lives on one event loop.
+
+    ``in_thread`` runs ``function(host, names)`` where it may block; ``emit`` tells of an event.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        names: Registry,
+        settings: Settings,
+        in_thread: Callable[[Callable[[Host, Registry], Any]], Awaitable[Any]],
+        emit: Callable[..., None],
+    ) -> None:
+        self.host = host
+        self.names = names
+        self.settings = settings
+        self.in_thread = in_thread
+        self.emit = emit
+        self.flavours: dict[str, Flavour] = {}
+        self.shelves: dict[Key, deque[Shell]] = {}
+        self.workers: list[Worker] = []
+        self.deaths = 0
+        self.closing = False
+        self._asked: OrderedDict[Key, deque[float]] = OrderedDict()
+        self._loop = asyncio.get_running_loop()
+        self._quiet_from = 0.0
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._counter = 0
+
+    # Life
+
+    def start(self) -> None:
+        """Start the makers and the refill."""
+        for _ in range(self.settings.builders):
+            self._hire()
+        for spec in self.settings.flavours:
+            self.add(spec)
+        self.spawn(self._refill())
+        self.spawn(self._housekeeping())
+
+    async def close(self) -> None:
+        """Give every shell back and end the makers."""
+        self.closing = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        shells = [shell for flavour in self.flavours.values() for shell in flavour.shells]
+        await asyncio.gather(*map(self.discard, shells), return_exceptions=True)
+        for worker in self.workers:
+            worker.close()
+        for worker in self.workers:
+            with contextlib.suppress(Exception):
+                worker.process.wait(1.0)
+
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        """Run a coroutine that ends with the pool."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _hire(self) -> None:
+        if not self.closing:
+            self.workers.append(Worker(self.names.path, self._worker_ended, self._worker_idle))
+
+    def _worker_idle(self) -> None:
+        self.deaths = 0
+        self._wake.set()
+
+    def _worker_ended(self, worker: Worker) -> None:
+        """A maker died: what it held goes, and another takes its place, later and later."""
+        self.workers.remove(worker)
+        lost = [
+            shell
+            for flavour in self.flavours.values()
+            for shell in flavour.shells
+            if shell.worker is worker
+        ]
+        for shell in lost:
+            shell.worker = None
+            self._take_off(shell)
+            self.spawn(self.discard(shell))
+        if not self.closing:
+            delay = DELAYS[min(self.deaths, len(DELAYS) - 1)]
+            self.deaths += 1
+            self.emit("maker died", pid=worker.pid, replaced_in_s=delay)
+            self._loop.call_later(delay, self._hire)
+
+    # Flavours
+
+    def add(self, spec: FlavourSpec) -> Flavour:
+        """A new flavour. StateError if its name is taken."""
+        if spec.name in self.flavours:
+            raise StateError(f'a flavour named "{spec.name}" exists already')
+        config = spec.config
+        source = Source(config.kernel, config.ramdisk, config.cmdline) if config.kernel else None
+        return self._add(
+            Flavour(spec.name, config, spec.size, spec.low, spec.metadata, shape_of(config), source)
+        )
+
+    def _add(self, flavour: Flavour) -> Flavour:
+        self.flavours[flavour.name] = flavour
+        flavour.asked = self._loop.time()
+        self.emit("pool added", flavour=flavour.name, size=flavour.size)
+        self._wake.set()
+        return flavour
+
+    def flavour(self, name: str) -> Flavour:
+        """The flavour of that name. StateError."""
+        found = self.flavours.get(name)
+        if found is None:
+            raise StateError(f'no flavour "{name}"', hint="chaos pool list shows them")
+        return found
+
+    def resize(self, name: str, size: int, low: int | None = None) -> Flavour:
+        """Another size; shells beyond it are given back."""
+        flavour = self.flavour(name)
+        flavour.size = size
+        flavour.low = flavour.low if low is None else low
+        self.emit("pool resized", flavour=name, size=size)
+        while flavour.missing < 0 and flavour.shells:
+            self._drop_one(flavour)
+        self._wake.set()
+        return flavour
+
+    async def drain(self, name: str) -> int:
+        """Give back all shells that a flavour has now, which is then refilled; how many."""
+        flavour = self.flavour(name)
+        shells = list(flavour.shells)
+        for shell in shells:
+            self._take_off(shell)
+        await asyncio.gather(*map(self.discard, shells))
+        self.emit("pool drained", flavour=name, shells=len(shells))
+        self._wake.set()
+        return len(shells)
+
+    async def remove(self, name: str) -> None:
+        """Forget a flavour and give its shells back."""
+        flavour = self.flavour(name)
+        flavour.size = 0
+        del self.flavours[name]
+        shells = list(flavour.shells)
+        for shell in shells:
+            self._take_off(shell)
+        if flavour.source is not None:
+            flavour.source.close()
+        self.emit("pool removed", flavour=name, shells=len(shells))
+        await asyncio.gather(*map(self.discard, shells))
+
+    # Taking
+
+    def take(self, shape: Shape, key: ImageKey | None, room: int) -> Shell | None:
+        """A shell of just that shape and image, or None. It belongs to the caller now."""
+        now = self._loop.time()
+        self._quiet_from = now + QUIET
+        shelf = self.shelves.get((shape, key))
+        if not shelf:
+            return None
+        for _ in range(len(shelf)):
+            shell = shelf.popleft()
+            if shell.room >= room:
+                flavour = shell.flavour
+                assert flavour is not None
+                flavour.shells.discard(shell)
+                flavour.served += 1
+                flavour.asked = now
+                self._wake.set()
+                return shell
+            shelf.append(shell)
+        return None
+
+    def put_back(self, shell: Shell) -> None:
+        """Return a shell that nothing was done to."""
+        flavour = shell.flavour
+        if flavour is not None and self.flavours.get(flavour.name) is flavour:
+            self._put(shell, flavour)
+        else:
+            self.spawn(self.discard(shell))
+
+    def _put(self, shell: Shell, flavour: Flavour) -> None:
+        shell.flavour = flavour
+        flavour.shells.add(shell)
+        self.shelves.setdefault((shell.shape, shell.image), deque()).append(shell)
+
+    def _take_off(self, shell: Shell) -> None:
+        """Take a shell off its shelf, for its end."""
+        flavour = shell.flavour
+        if flavour is not None:
+            flavour.shells.discard(shell)
+        shelf = self.shelves.get((shell.shape, shell.image))
+        if shelf is not None:
+            with contextlib.suppress(ValueError):
+                shelf.remove(shell)
+            if not shelf:
+                del self.shelves[shell.shape, shell.image]
+
+    def _drop_one(self, flavour: Flavour) -> None:
+        shell = next(iter(flavour.shells))
+        self._take_off(shell)
+        self.spawn(self.discard(shell))
+
+    # Making
+
+    async def make(
+        self,
+        config: DomainConfig,
+        opened: Sequence[OpenImage],
+        key: ImageKey | None,
+        *,
+        room: int = 0,
+        urgent: bool = False,
+    ) -> Shell:
+        """A new shell of the configuration's shape, warm if images are given. ChaosError."""
+        shape = shape_of(config)
+        uuid = str(uuid_module.uuid4())
+        names = self.names
+        macs = [names.reserve_mac(None, uuid) for _ in config.vifs]
+        texts = [mac.hex(":") for mac in macs]
+        try:
+            names.add_shell(Record(uuid, "", state=SHELL, macs=texts))
+        except BaseException:
+            for text in texts:
+                names.release_mac(text, uuid)
+            raise
+        shell = Shell(self.host, names, uuid, shape, macs, room)
+        shell.image = key
+        worker = self._pick(urgent=urgent)
+        request = {
+            "do": "make",
+            "uuid": uuid,
+            "config": blank(config, f"shell-{uuid[:8]}").as_dict(),
+            "macs": macs,
+            "metadata_room": room,
+        }
+        try:
+            made = await worker.ask(request, [each.fd for each in opened], urgent=urgent)
+            shell.take_over(made)
+        except BaseException:
+            shell.let_go()
+            await asyncio.shield(self._reap(uuid))
+            raise
+        if not opened:
+            shell.worker = worker
+        return shell
+
+    async def order(
+        self, config: DomainConfig, source: Source, opened: Sequence[OpenImage], *, room: int
+    ) -> Shell:
+        """A warm shell made for one request, memory found for it if the pool has any."""
+        await self._find_memory(config.memory)
+        return await self._finish(
+            self.make(config, opened, source.key_of(opened), room=room, urgent=True)
+        )
+
+    async def load(
+        self, shell: Shell, config: DomainConfig, source: Source, opened: Sequence[OpenImage]
+    ) -> Shell:
+        """Load an image into a generic shell. On a failure the shell is gone. ChaosError."""
+        return await self._finish(self._load(shell, config, source, opened))
+
+    async def _load(
+        self, shell: Shell, config: DomainConfig, source: Source, opened: Sequence[OpenImage]
+    ) -> Shell:
+        shell.timings = prepared(shell.timings)
+        try:
+            worker = self._maker_of(shell)
+            request = {
+                "do": "load",
+                "uuid": shell.uuid,
+                "config": blank(config, f"shell-{shell.uuid[:8]}").as_dict(),
+            }
+            made = await worker.ask(request, [each.fd for each in opened], urgent=True)
+            shell.image = source.key_of(opened)
+            shell.take_over(made)
+        except BaseException:
+            shell.let_go()
+            await asyncio.shield(self._reap(shell.uuid))
+            raise
+        return shell
+
+    def _maker_of(self, shell: Shell) -> Worker:
+        worker, shell.worker = shell.worker, None
+        if worker is None or worker not in self.workers:
+            raise XenError("the shell's maker is gone", hint="try again")
+        return worker
+
+    async def _finish(self, work: Awaitable[Shell]) -> Shell:
+        """Wait for a shell; if nobody waits any more it is made all the same, and given back."""
+        task = self.spawn(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._unwanted)
+            raise
+
+    def _unwanted(self, task: asyncio.Task[Shell]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self.spawn(self.discard(task.result()))
+
+    def _pick(self, *, urgent: bool) -> Worker:
+        ready = [worker for worker in self.workers if worker.ready] or self.workers
+        if not ready:
+            raise XenError("no shell maker runs: they keep dying", hint="see the daemon's log")
+        if urgent:
+            return min(ready, key=lambda worker: len(worker.jobs) + (worker.job is not None))
+        return next((worker for worker in ready if worker.idle), ready[0])
+
+    async def discard(self, shell: Shell) -> None:
+        """The end of a shell that is on no shelf."""
+        shell.let_go()
+        worker, shell.worker = shell.worker, None
+        if worker is not None and worker in self.workers:
+            with contextlib.suppress(ChaosError):
+                await worker.ask({"do": "drop", "uuid": shell.uuid})
+        await self._reap(shell.uuid)
+
+    async def _reap(self, uuid: str) -> None:
+        """Remove what there is of a shell, wherever its making stopped."""
+        try:
+            await self.in_thread(lambda host, names: reap_one(host, names, uuid))
+        except ChaosError as error:
+            self.emit("problem", what=f"a shell cannot be removed: {error}", uuid=uuid)
+
+    # Refilling
+
+    def note(self, config: DomainConfig, source: Source, opened: Sequence[OpenImage]) -> None:
+        """A request that no warm shell served: asked often, its shape gets shells of its own."""
+        key = (shape_of(config), source.key_of(opened))
+        now = self._loop.time()
+        times = self._asked.setdefault(key, deque(maxlen=ASKED_OFTEN))
+        self._asked.move_to_end(key)
+        times.append(now)
+        while len(self._asked) > ASKED_MAX:
+            self._asked.popitem(last=False)
+        adaptive = [flavour for flavour in self.flavours.values() if flavour.adaptive]
+        if (
+            not self.settings.adaptive
+            or not key[0].poolable
+            or len(times) < ASKED_OFTEN
+            or now - times[0] > ASKED_WITHIN
+            or len(adaptive) >= ADAPTIVE_MAX
+            or any((f.shape, f.source and f.source.key()) == key for f in self.flavours.values())
+        ):
+            return
+        del self._asked[key]
+        self._counter += 1
+        held = source.holding(opened)
+        self._add(
+            Flavour(
+                f"{ADAPTIVE}{self._counter}",
+                blank(config, f"{ADAPTIVE}{self._counter}"),
+                self.settings.adaptive_size,
+                0,
+                0,
+                key[0],
+                held,
+                adaptive=True,
+            )
+        )
+
+    async def _refill(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while any(worker.idle for worker in self.workers):
+                flavour = self._neediest()
+                if flavour is None:
+                    break
+                wait = self._quiet_from - self._loop.time()
+                if wait > 0 and not flavour.urgent:
+                    self._loop.call_later(wait, self._wake.set)
+                    break
+                if not self._may_grow(flavour):
+                    break
+                flavour.making += 1
+                self.spawn(self._fill(flavour))
+                await asyncio.sleep(0)  # the maker is asked before the next one is chosen
+
+    def _neediest(self) -> Flavour | None:
+        now = self._loop.time()
+        wanting = [
+            flavour
+            for flavour in self.flavours.values()
+            if flavour.missing > 0 and flavour.not_before <= now
+        ]
+        return min(
+            wanting, key=lambda f: (not f.urgent, (len(f.shells) + f.making) / f.size), default=None
+        )
+
+    def _may_grow(self, flavour: Flavour) -> bool:
+        held = [(len(f.shells) + f.making, f.config.memory) for f in self.flavours.values()]
+        shells = sum(count for count, _ in held)
+        memory = sum(count * mib for count, mib in held)
+        need = flavour.config.memory + OVERHEAD_MIB
+        return (
+            shells < self.settings.max_shells
+            and memory + flavour.config.memory <= self.settings.max_memory
+            and self._free_mib() - need >= self.settings.memory_floor
+        )
+
+    async def _fill(self, flavour: Flavour) -> None:
+        opened: list[OpenImage] = []
+        try:
+            key = None
+            if flavour.source is not None:
+                opened = flavour.source.open()
+                key = flavour.source.key_of(opened)
+            shell = await self.make(flavour.config, opened, key, room=flavour.room)
+        except (ChaosError, OSError) as error:
+            flavour.failures += 1
+            delay = DELAYS[min(flavour.failures, len(DELAYS) - 1)]
+            flavour.not_before = self._loop.time() + delay
+            problem = str(error)
+            if problem != flavour.problem:
+                self.emit("problem", what=problem, flavour=flavour.name)
+            flavour.problem = problem
+            self._loop.call_later(delay, self._wake.set)
+        else:
+            flavour.failures, flavour.problem = 0, ""
+            flavour.made += 1
+            if flavour.source is not None and shell.digest != flavour.digest:
+                self._drain_others(flavour, shell)
+            shell.timings = prepared(shell.timings)
+            if self.flavours.get(flavour.name) is flavour:
+                self._put(shell, flavour)
+            else:
+                self.spawn(self.discard(shell))
+        finally:
+            flavour.making -= 1
+            for each in opened:
+                each.close()
+            self._wake.set()
+
+    def _drain_others(self, flavour: Flavour, shell: Shell) -> None:
+        """The image has other contents than the one before: shells of that one go."""
+        flavour.digest = shell.digest
+        for other in [each for each in flavour.shells if each.digest != shell.digest]:
+            self._take_off(other)
+            self.spawn(self.discard(other))
+
+    # Memory
+
+    def _free_mib(self) -> int:
+        return int(self.host.ctrl.physinfo().free_pages >> 8)
+
+    async def _find_memory(self, mib: int) -> None:
+        """Give shells back until a domain of that size fits, or there are none left."""
+        while self._free_mib() < mib + OVERHEAD_MIB:
+            shell = next(self._dispensable(), None)
+            if shell is None:
+                return
+            self._take_off(shell)
+            await self.discard(shell)
+
+    def _dispensable(self) -> Iterator[Shell]:
+        """Shells, those that are missed least first."""
+        flavours = sorted(self.flavours.values(), key=lambda f: (not f.adaptive, f.asked))
+        for flavour in flavours:
+            yield from list(flavour.shells)
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            for flavour in list(self.flavours.values()):
+                self._look_after(flavour)
+            if self._free_mib() < self.settings.memory_floor:
+                shell = next(self._dispensable(), None)
+                if shell is not None:
+                    self._take_off(shell)
+                    self.emit("pool shrinks", why="memory is short", flavour=_name(shell))
+                    await self.discard(shell)
+            self._wake.set()
+
+    def _look_after(self, flavour: Flavour) -> None:
+        """Shells whose image changed on disk go, and adaptive flavours that nobody asks for."""
+        if flavour.source is not None:
+            key = flavour.source.key()
+            stale = [shell for shell in flavour.shells if shell.image != key]
+            for shell in stale:
+                self._take_off(shell)
+                self.spawn(self.discard(shell))
+            if stale:
+                self.emit("pool drained", flavour=flavour.name, shells=len(stale))
+            if flavour.adaptive and flavour.source.held[0].changed():
+                self.spawn(self.remove(flavour.name))
+                return
+        if flavour.adaptive and not flavour.making:
+            idle = self._loop.time() - flavour.asked
+            if idle > self.settings.adaptive_seconds:
+                self.spawn(self.remove(flavour.name))
+
+
+def _name(shell: Shell) -> str:
+    return shell.flavour.name if shell.flavour is not None else ""

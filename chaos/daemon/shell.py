@@ -1,0 +1,275 @@
+"""A shell: a domain that waits in the pool, and the steps that make a guest of it.
+
+The steps are the part of a create that somebody waits for. For a warm shell they open no file,
+ask no store and fork nothing: a symbolic link for the name, one write into an open file for the
+record, one page of guest memory, one hypercall.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid as uuid_module
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+from chaos.registry import RUNNING, SHELL, Record
+from chaos.steps import EXECUTE, HYPERVISOR, PREPARE, TOOLSTACK, Step, Timing
+from noxs.page import metadata_capacity, patch_identity, patch_metadata, patch_vif, publish
+from xenctypes.errors import PageError, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+    from chaos.daemon.flavour import Flavour
+    from chaos.daemon.workers import Worker
+    from chaos.domconfig import DomainConfig
+    from chaos.host import Host
+    from chaos.registry import Registry
+    from chaos.shape import ImageKey, Shape
+    from xenctypes.handle import Mapping
+
+
+class Shell:
+    """A domain without a name. Its ``image`` is None while it is generic.
+
+    ``template`` is the device page as the guest has it, ``mapping`` that page in our memory,
+    ``port`` our end of the store channel, ``record_fd`` its record file, open for writing,
+    ``room`` how many bytes of metadata fit, ``worker`` the maker that must load a generic shell.
+    """
+
+    __slots__ = (
+        "console_frame", "console_port", "digest", "domid", "flavour", "host", "image", "macs",
+        "mapping", "names", "noxs", "port", "record_fd", "record_size", "room", "shape",
+        "store_frame", "store_port", "template", "timings", "uuid", "worker",
+    )  # fmt: skip
+
+    def __init__(
+        self, host: Host, names: Registry, uuid: str, shape: Shape, macs: list[bytes], room: int
+    ) -> None:
+        self.host = host
+        self.names = names
+        self.uuid = uuid
+        self.shape = shape
+        self.macs = macs
+        self.room = room
+        self.image: ImageKey | None = None
+        self.worker: Worker | None = None
+        self.flavour: Flavour | None = None
+        self.digest = ""
+        self.domid = -1
+        self.noxs = False
+        self.console_port = self.store_port = self.port = 0
+        self.console_frame = self.store_frame = -1
+        self.template = bytearray()
+        self.mapping: Mapping | None = None
+        self.record_fd = -1
+        self.record_size = 0
+        self.timings: list[Timing] = []
+
+    def take_over(self, made: dict[str, Any]) -> None:
+        """Hold what a maker made: its channel, its page, its record. Raises ChaosError, OSError."""
+        self.domid = made["domid"]
+        self.console_port, self.store_port = made["console_port"], made["store_port"]
+        self.console_frame, self.store_frame = made["console_frame"], made["store_frame"]
+        self.noxs = made["noxs"]
+        self.digest = made["digest"] or self.digest
+        self.timings += [Timing(n, p, c, 0, ns) for n, p, c, ns in made["timings"]]
+        if self.store_frame >= 0 and self.noxs:
+            self.template = bytearray(made["page"])
+            self.mapping = self.host.memory.map(self.domid, made["page_frames"])
+            self.port = self.host.evtchn.bind_interdomain(self.domid, self.store_port)
+        if self.record_fd < 0:
+            path = f"{self.names.path}/domains/{self.uuid}/domain.json"
+            self.record_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            self.record_size = os.fstat(self.record_fd).st_size
+
+    def let_go(self) -> None:
+        """Close what this process holds of the domain. Idempotent."""
+        if self.mapping is not None:
+            self.mapping.close()
+            self.mapping = None
+        if self.port:
+            self.host.evtchn.unbind(self.port)
+            self.port = 0
+        self.close_record()
+
+    def close_record(self) -> None:
+        """Close the record file. Idempotent."""
+        if self.record_fd >= 0:
+            os.close(self.record_fd)
+            self.record_fd = -1
+
+    def write_record(self, text: str) -> None:
+        """Replace the record in place: one write, which a kill does not tear."""
+        data = text.encode()
+        size = len(data)
+        os.pwrite(self.record_fd, data.ljust(self.record_size), 0)
+        self.record_size = max(size, self.record_size)
+
+
+@dataclass(slots=True)
+class Delivery:
+    """A shell on its way to become the guest that ``config`` asks for.
+
+    ``config_json`` is the configuration as the record keeps it; ``taken`` are MAC addresses that
+    Dom0 has itself. ``ended_ns`` is when the guest was let go.
+    """
+
+    shell: Shell
+    config: DomainConfig
+    config_json: str
+    taken: Container[str] = frozenset()
+    paused: bool = False
+    created: float = field(default_factory=time.time)
+    shell_uuid: str = ""
+    reserved: list[bytes] = field(default_factory=list)
+    given_up: list[bytes] = field(default_factory=list)
+    linked: bool = False
+    recorded: bool = False
+    unpaused_ns: int = 0
+    timings: list[Timing] = field(default_factory=list)
+
+    @property
+    def record(self) -> Record:
+        """What the registry keeps of the guest."""
+        shell = self.shell
+        return Record(
+            uuid=shell.uuid,
+            name=self.config.name,
+            state=RUNNING,
+            domid=shell.domid,
+            noxs=shell.noxs,
+            paused=self.paused,
+            console_frame=shell.console_frame,
+            console_port=shell.console_port,
+            store_frame=shell.store_frame,
+            store_port=shell.store_port,
+            macs=[mac.hex(":") for mac in shell.macs],
+            created=self.created,
+        )
+
+
+def _identify(delivery: Delivery) -> None:
+    shell, uuid = delivery.shell, delivery.config.uuid
+    if uuid is None:
+        return
+    wanted = str(uuid_module.UUID(bytes=uuid))
+    if wanted == shell.uuid:
+        return
+    shell.names.move_shell(shell.uuid, wanted)
+    delivery.shell_uuid, shell.uuid = shell.uuid, wanted
+    shell.host.ctrl.domain_sethandle(shell.domid, uuid)
+    for mac in shell.macs:
+        shell.names.move_mac(mac, delivery.shell_uuid, wanted)
+
+
+def _unidentify(delivery: Delivery) -> None:
+    shell, before = delivery.shell, delivery.shell_uuid
+    if before:
+        for mac in shell.macs:
+            shell.names.move_mac(mac, shell.uuid, before)
+        shell.host.ctrl.domain_sethandle(shell.domid, uuid_module.UUID(before).bytes)
+        shell.names.move_shell(shell.uuid, before)
+        shell.uuid, delivery.shell_uuid = before, ""
+
+
+def _link(delivery: Delivery) -> None:
+    delivery.shell.names.link_name(delivery.config.name, delivery.shell.uuid)
+    delivery.linked = True
+
+
+def _unlink(delivery: Delivery) -> None:
+    if delivery.linked:
+        delivery.shell.names.unlink_name(delivery.config.name, delivery.shell.uuid)
+
+
+def _address(delivery: Delivery) -> None:
+    shell = delivery.shell
+    for index, vif in enumerate(delivery.config.vifs):
+        if vif.mac is not None and vif.mac != shell.macs[index]:
+            mac = shell.names.reserve_mac(vif.mac, shell.uuid, delivery.taken)
+            delivery.reserved.append(mac)
+            delivery.given_up.append(shell.macs[index])
+            shell.macs[index] = mac
+    for mac in delivery.given_up:
+        shell.names.release_mac(mac.hex(":"), shell.uuid)
+
+
+def _unaddress(delivery: Delivery) -> None:
+    shell = delivery.shell
+    for mac, before in zip(delivery.reserved, delivery.given_up, strict=True):
+        shell.names.release_mac(mac.hex(":"), shell.uuid)
+        try:
+            again = shell.names.reserve_mac(before, shell.uuid)
+        except StateError:  # somebody was quicker: any other random address will do
+            again = shell.names.reserve_mac(None, shell.uuid)
+        shell.macs[shell.macs.index(mac)] = again
+
+
+def _write_page(delivery: Delivery) -> None:
+    shell, config = delivery.shell, delivery.config
+    if shell.mapping is None:
+        return
+    page = bytearray(shell.template)
+    patch_identity(page, name=config.name, uuid=uuid_module.UUID(shell.uuid).bytes)
+    for index, vif in enumerate(config.vifs):
+        four, six = vif.ipv4, vif.ipv6
+        patch_vif(
+            page,
+            index,
+            mac=shell.macs[index],
+            ipv4=(
+                four.ip.packed if four else b"",
+                four.network.prefixlen if four else 0,
+                vif.gateway4.packed if vif.gateway4 else b"",
+            ),
+            ipv6=(
+                six.ip.packed if six else b"",
+                six.network.prefixlen if six else 0,
+                vif.gateway6.packed if vif.gateway6 else b"",
+            ),
+        )
+    if config.metadata:
+        room = metadata_capacity(page)
+        if len(config.metadata) > room:
+            raise PageError(f"the shell has room for {room} bytes of metadata")
+        patch_metadata(page, config.metadata)
+    publish(shell.mapping.view, page)
+    shell.template = page
+
+
+def _record(delivery: Delivery) -> None:
+    delivery.recorded = True
+    delivery.shell.write_record(delivery.record.to_json(delivery.config_json))
+
+
+def _unrecord(delivery: Delivery) -> None:
+    if delivery.recorded:
+        shell = delivery.shell
+        macs = [mac.hex(":") for mac in shell.macs]
+        shell.write_record(
+            Record(shell.uuid, "", state=SHELL, domid=shell.domid, macs=macs).to_json()
+        )
+
+
+def _unpause(delivery: Delivery) -> None:
+    delivery.shell.host.ctrl.domain_unpause(delivery.shell.domid)
+    delivery.unpaused_ns = perf_counter_ns()
+
+
+DELIVERY_STEPS: tuple[Step[Delivery], ...] = (
+    Step("identify", EXECUTE, TOOLSTACK, _identify, _unidentify),
+    Step("reserve name", EXECUTE, TOOLSTACK, _link, _unlink),
+    Step("reserve addresses", EXECUTE, TOOLSTACK, _address, _unaddress),
+    Step("write page", EXECUTE, TOOLSTACK, _write_page),
+    Step("record", EXECUTE, TOOLSTACK, _record, _unrecord),
+    Step("unpause", EXECUTE, HYPERVISOR, _unpause),
+)
+PAUSED_STEPS = DELIVERY_STEPS[:-1]
+
+
+def prepared(timings: list[Timing]) -> list[Timing]:
+    """The same timings, of work that nobody waited for."""
+    return [timing._replace(phase=PREPARE) for timing in timings]

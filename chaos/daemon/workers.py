@@ -1,0 +1,205 @@
+"""The daemon's end of the shell makers: their processes, their requests, their deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgpack
+
+import xenctypes.errors
+from chaos.daemon.maker import MESSAGE_MAX, NICE
+from xenctypes.errors import ChaosError, ImageError, XenError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds before a maker that died is replaced, by how many died in a row."""
+PATIENCE = 120.0
+"""Seconds for one request, after which a maker counts as hung."""
+
+
+class MakerDied(XenError):
+    """A maker ended in the middle of a request: what it was making is for the daemon to reap."""
+
+
+class Job(NamedTuple):
+    """A request that waits for its maker."""
+
+    request: dict[str, Any]
+    fds: Sequence[int]
+    urgent: bool
+    answer: asyncio.Future[dict[str, Any]]
+
+
+class Worker:
+    """One maker process. Jobs are done one at a time, urgent ones first."""
+
+    def __init__(
+        self, run_dir: str, ended: Callable[[Worker], None], idle: Callable[[], None]
+    ) -> None:
+        self._ended = ended
+        self._idle = idle
+        self._loop = asyncio.get_running_loop()
+        self.jobs: deque[Job] = deque()
+        self.job: Job | None = None
+        self.ready = False
+        self.done = 0
+        self._timer: asyncio.TimerHandle | None = None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            ours.setsockopt(socket.SOL_SOCKET, option, 2 * MESSAGE_MAX)
+            theirs.setsockopt(socket.SOL_SOCKET, option, 2 * MESSAGE_MAX)
+        ours.setblocking(False)
+        self._socket = ours
+        # A process of its own making, not a fork: the daemon has threads, and the hypervisor's
+        # handles, which nobody who reads other people's images shall inherit.
+        with theirs:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "chaos.daemon.maker"),
+                    *(str(os.getpid()), run_dir, str(theirs.fileno())),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        self._loop.add_reader(ours.fileno(), self._readable)
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self.process.pid
+
+    @property
+    def idle(self) -> bool:
+        """Whether it would begin with a job at once."""
+        return self.ready and self.job is None and not self.jobs
+
+    def ask(
+        self, request: dict[str, Any], fds: Sequence[int] = (), *, urgent: bool = False
+    ) -> asyncio.Future[dict[str, Any]]:
+        """Have something done. The future has the maker's values, or its error.
+
+        The descriptors stay the caller's, and must stay open until the answer is there.
+        """
+        job = Job(request, fds, urgent, self._loop.create_future())
+        if urgent:
+            self.jobs.appendleft(job)
+            if self.job is not None and not self.job.urgent:
+                _set_priority(self.pid, 0)  # somebody waits behind it now
+        else:
+            self.jobs.append(job)
+        self._next()
+        return job.answer
+
+    def close(self) -> None:
+        """End the process, without waiting for it. Idempotent."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGKILL)
+
+    def _next(self) -> None:
+        if self.job is not None or not self.ready or not self.jobs:
+            return
+        job = self.job = self.jobs.popleft()
+        _set_priority(self.pid, 0 if job.urgent else NICE)
+        self._timer = self._loop.call_later(PATIENCE, self._hung)
+        try:
+            socket.send_fds(self._socket, [msgpack.packb(job.request)], job.fds)
+        except OSError as error:
+            self._fail(f"cannot be asked: {error.strerror}")
+
+    def _readable(self) -> None:
+        try:
+            reply = self._socket.recv(MESSAGE_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            reply = b""
+        if not reply:
+            self._fail(self._why())
+            return
+        try:
+            answer = msgpack.unpackb(reply)
+            error = _error(*answer["error"]) if "error" in answer else None
+            value = answer.get("ok")
+        except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException):
+            self._fail("it sent a reply that makes no sense")
+            return
+        if not self.ready:
+            self.ready = True
+        elif self.job is None:
+            self._fail("it spoke unasked")
+            return
+        else:
+            self._answer(value, error)
+        self._next()
+        if self.idle:
+            self._idle()
+
+    def _answer(self, value: Any, error: ChaosError | None) -> None:
+        job, self.job = self.job, None
+        if self._timer is not None:
+            self._timer.cancel()
+        self.done += 1
+        if job is not None and not job.answer.done():
+            if error is not None:
+                job.answer.set_exception(error)
+            else:
+                job.answer.set_result(value)
+
+    def _hung(self) -> None:
+        self._fail(f"it gave no answer for {PATIENCE:.0f} s")
+
+    def _why(self) -> str:
+        try:
+            status = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "it closed its channel"
+        return f"it died of {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
+
+    def _fail(self, why: str) -> None:
+        """The end of this process, and of what was asked of it."""
+        self.close()
+        self.ready = False
+        jobs = [job for job in (self.job, *self.jobs) if job is not None]
+        current, self.job = self.job, None
+        self.jobs.clear()
+        for job in jobs:
+            if not job.answer.done():
+                kind = ImageError if job is current and job.fds else MakerDied
+                failure = (
+                    "not a bootable image: the domain builder could not digest it, "
+                    if kind is ImageError
+                    else "a shell maker failed: "
+                )
+                job.answer.set_exception(kind(failure + why))
+        self._ended(self)
+
+
+def _set_priority(pid: int, nice: int) -> None:
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
+
+
+def _error(kind: str, message: str, hint: str) -> ChaosError:
+    found = getattr(xenctypes.errors, str(kind), XenError)
+    if not (isinstance(found, type) and issubclass(found, ChaosError)):
+        found = XenError
+    try:
+        return found(str(message)[:1000], hint=str(hint)[:400])
+    except TypeError:
+        return XenError(str(message)[:1000], hint=str(hint)[:400])
