@@ -39,7 +39,7 @@ from chaos.xldoc import printable
 from xenctypes.errors import CallFailed, ChaosError, ImageError, XenError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 MESSAGE_MAX = 16384
 TEXT_MAX = 400  # characters of an error that are shown
 KERNEL_MAX = 512 << 20  # bytes, after decompression
+KERNEL_FLOOR = 128 << 20  # what any kernel may unpack to, symbols and all
+WORKSPACE = 128 << 20  # bytes beside the kernel: a decompressor's dictionary above all
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 PV_GUEST_TYPE = b"xen-3.0-x86_64"
@@ -332,6 +334,36 @@ def _answer(
     return None
 
 
+def _kernel_max(size: int, pages: int) -> int:
+    """How large an unpacked kernel may be: its file has ``size`` bytes, the guest ``pages``.
+
+    What is larger than the guest does not fit into it, but for symbols that are not loaded.
+    """
+    return min(KERNEL_MAX, max(KERNEL_FLOOR, pages << 12, size))
+
+
+@contextlib.contextmanager
+def memory_limit(room: int) -> Iterator[None]:
+    """Let the process take ``room`` bytes more than it has, and no more: malloc fails then.
+
+    RLIMIT_DATA counts private writable memory alone (setrlimit(2)), which is what Dom0 pays
+    for: RLIMIT_AS would count the guest's own pages, mapped in chunks, and the image's file.
+    """
+    with open("/proc/self/statm", encoding="ascii") as file:
+        taken = int(file.read().split()[5]) * resource.getpagesize()  # data and stack
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    hard = before[1]
+    wanted = taken + room
+    resource.setrlimit(
+        resource.RLIMIT_DATA,
+        (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard),
+    )
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def populate(ctrl: Xenctrl, domid: int, mib: int) -> DomBuilder:
     """Give a fresh PV domain its memory, in this process."""
     from xenctypes.guest import DomBuilder
@@ -369,9 +401,23 @@ def _check_reserved(build: DomBuilder, reserved: int) -> None:
 
 
 def load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:
-    """Build the image behind the descriptors, in this process; ``request`` as for a builder."""
+    """Build the image behind the descriptors, in this process; ``request`` as for a builder.
+
+    The image does not get this process to take much more memory than a kernel has.
+    """
+    kernel_max = _kernel_max(os.fstat(fds[0]).st_size, build.total_pages)
+    build.kernel_max_size(kernel_max)
+    try:
+        # Mapping the guest's pages takes Xen's interface 16 bytes for each of them.
+        with memory_limit(kernel_max + WORKSPACE + (build.total_pages << 4)):
+            return _load(build, request, fds)
+    except MemoryError:
+        cause = "it takes more memory to unpack than a kernel may"
+        raise CallFailed("xc_dom_build_image", 0, cause) from None
+
+
+def _load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:
     build.cmdline = request["cmdline"]
-    build.kernel_max_size(KERNEL_MAX)
     build.kernel_file(f"/proc/self/fd/{fds[0]}")
     if request["ramdisk"]:
         build.ramdisk_max_size(RAMDISK_MAX)

@@ -23,7 +23,8 @@ DESCRIPTION = """\
 A real Xen host in QEMU, built from Debian packages: a stock hypervisor, a stock Dom0.
 
 The working tree is at /src in Dom0 (read-only), lab-out/ at /out, the project is installed
-from its wheel, the bridge xenbr0 has 10.77.0.1/24. One lab runs on a host at a time."""
+from its wheel, the bridge xenbr0 has 10.77.0.1/24. One lab runs on a host at a time, and
+one more for each name that CHAOS_LAB is set to."""
 
 EPILOG = """\
 exit status: that of the command in Dom0; 128+n if signal n ended it; 124 after --timeout;
@@ -380,6 +381,7 @@ def _status(arguments: argparse.Namespace) -> int:
     images = {number: image.find(known) for number, known in RELEASES.items()}
     facts: dict[str, object] = {
         "running": None,
+        "others": {name: other.pid for name, other in machine.others().items()},
         "images": {number: str(found.path) if found else None for number, found in images.items()},
     }
     if lab:
@@ -412,6 +414,8 @@ def _status(arguments: argparse.Namespace) -> int:
         )
     else:
         print("running: none")
+    for name, other in machine.others().items():
+        print(f"beside it: {name or 'the one without a name'}, QEMU's pid {other.pid}")
     for number, found in images.items():
         print(f"Debian {number}: {found.path if found else 'no image (scripts/lab build)'}")
     return 0

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from lab import cache
 from lab.errors import LabError
 from lab.release import Release
 
@@ -32,10 +33,20 @@ PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
 def ensure(commands: Iterable[str] = (), headers: Iterable[str] = ()) -> None:
     """Install what is missing through apt; raise LabError with the apt line if that fails."""
+    commands, headers = list(commands), list(headers)
+    if any(_lacking(commands, headers)):
+        with cache.locked("apt.lock"):
+            _install(*_lacking(commands, headers))
+
+
+def _lacking(commands: list[str], headers: list[str]) -> tuple[list[str], list[str]]:
     missing = [c for c in commands if not shutil.which(c, path=PATH)]
-    absent = [h for h in headers if not Path(h).exists()]
+    return missing, [h for h in headers if not Path(h).exists()]
+
+
+def _install(missing: list[str], absent: list[str]) -> None:
     if not missing and not absent:
-        return
+        return  # another process was faster
     packages = sorted(
         {p for c in missing for p in COMMANDS[c]} | {p for h in absent for p in HEADERS[h]}
     )

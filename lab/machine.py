@@ -1,7 +1,8 @@
 """The emulated machine: its size, its QEMU process, its record on the host.
 
-A lab is one QEMU process. It holds the host-wide lock (an inherited descriptor), so that
+A lab is one QEMU process. It holds a host-wide lock (an inherited descriptor), so that
 the lock lasts exactly as long as the machine, whoever started it and however that ended.
+There is one lab on a host, but for those that $CHAOS_LAB gives a name of their own.
 """
 
 import fcntl
@@ -75,11 +76,11 @@ class Options:
                 f"a Dom0 of {_mb(self.dom0_memory)} does not fit a lab of {_mb(self.memory)}",
                 hint=f"--memory of at least {_mb(self.dom0_memory + XEN_RESERVE)}",
             )
-        available = _available()
-        if self.memory > available:
+        free = available()
+        if self.memory > free:
             raise UsageError(
                 f"a lab of {_mb(self.memory)} does not fit this machine:"
-                f" {_mb(available)} of memory are available",
+                f" {_mb(free)} of memory are available",
                 hint="see --memory",
             )
         if not 1 <= self.cpus <= (os.cpu_count() or 1):
@@ -90,7 +91,8 @@ def _mb(size: int) -> str:
     return f"{size >> 20} MB"
 
 
-def _available() -> int:
+def available() -> int:
+    """Memory of this machine that is free for labs, in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
@@ -182,13 +184,35 @@ class Machine:
         part.replace(record)
 
 
+def name() -> str:
+    """Which of this host's labs is meant: $CHAOS_LAB, or "" for the one without a name."""
+    chosen = os.environ.get("CHAOS_LAB", "")
+    if chosen and not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", chosen):
+        raise UsageError(f"CHAOS_LAB={chosen}: a name has small letters, digits and hyphens")
+    return chosen
+
+
+def _file(suffix: str) -> Path:
+    return cache.directory() / f"lab{'-' * bool(name())}{name()}.{suffix}"
+
+
 def _record() -> Path:
-    return cache.directory() / "lab.json"
+    return _file("json")
 
 
-def _load() -> Machine | None:
+def others() -> dict[str, Machine]:
+    """The labs that run under other names."""
+    found = {}
+    for path in cache.directory().glob("lab*.json"):
+        machine = _load(path)
+        if machine and path != _record() and machine.alive():
+            found[path.stem.removeprefix("lab").removeprefix("-")] = machine
+    return found
+
+
+def _load(record: Path | None = None) -> Machine | None:
     try:
-        data = json.loads(_record().read_text())
+        data = json.loads((record or _record()).read_text())
         options = Options(**data.pop("options"))
         return Machine(**data | {"options": options, "folder": Path(data["folder"])})
     except (OSError, ValueError, TypeError, KeyError):
@@ -217,11 +241,11 @@ def current() -> Machine | None:
 def start(verb: str, image: Image, wheels: Path, options: Options, *, keep: bool) -> Machine:
     """Start QEMU; with ``keep`` it outlives this process, else it dies with it.
 
-    Raises LabError when another lab runs on this host.
+    Raises LabError when another lab of this name runs on this host.
     """
     options.check()
     debian.ensure(["qemu-system-x86_64", "setpriv"])
-    lock = (cache.directory() / "lab.lock").open("w")
+    lock = _file("lock").open("w")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

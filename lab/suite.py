@@ -4,17 +4,21 @@ Every kind of host is booted once for all tests that belong to it (tests/lab/con
 says which those are), and not at all if there are none. Everything runs on the first release; on
 the others, unless they are asked for by name, what is marked ``every_release`` runs, on one kind of
 host.
+
+A lab keeps one processor busy: where there are two, and memory for two labs, two parts run at a
+time, each in a lab of its own name. What they print is shown part by part.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lab import cache, debian
+from lab import cache, debian, machine
 from lab.errors import ChaosError, LabError
 from lab.progress import say
 from lab.release import RELEASES
@@ -22,6 +26,8 @@ from lab.release import RELEASES
 PARTS = ("lint", "unit", "machine", "lab")
 HOSTS = {"noxs": [], "xenstored": ["--xenstored"], "systemd": ["--init", "systemd"]}
 LAB_SECONDS = 2400
+MEMORY_BESIDE = 4 << 30
+"""What must be left beside the labs: their emulators, the linters, everything else."""
 NO_TESTS = 5
 """pytest's exit status when it selected nothing."""
 
@@ -63,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     except ChaosError as error:
         say(str(error))
         return error.exit_code
-    results = [_run_again_after_a_crash(part) for part in _parts(arguments)]
+    parts = list(_parts(arguments))
+    results = _Runner(parts).run(min(arguments.jobs or _lanes(), len(parts)))
     print("\n" + "=" * 24 + " summary " + "=" * 24)
     for result in results:
         verdict = "passed" if result.passed else f"FAILED (status {result.status})"
@@ -90,26 +97,28 @@ def _parser() -> argparse.ArgumentParser:
         choices=HOSTS,
         help="kind of Dom0 (repeatable; default: all)",
     )
+    parser.add_argument(
+        "-j",
+        "--jobs",
+        type=int,
+        choices=(1, 2),
+        metavar="N",
+        help="parts that run at a time, 1 or 2 (default: what this machine has room for)",
+    )
     parser.add_argument("-k", metavar="EXPR", help="only tests that match, as pytest has it")
     parser.add_argument("-x", action="store_true", help="each part stops at its first failure")
     return parser
 
 
 def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
+    """All parts, the longest of them first."""
     chosen = arguments.parts or PARTS
     picked = [*(("-k", arguments.k) if arguments.k else ()), *(("-x",) if arguments.x else ())]
     color = ["--color=yes"] if sys.stdout.isatty() else []
     here = [sys.executable, "-m", "pytest", *color, *picked]
     empty = bool(arguments.k)
-    if "lint" in chosen and not arguments.k:
-        yield Part("lint", ["scripts/lint"])
-    if "unit" in chosen:
-        yield Part("unit", [*here, "tests/unit"], may_be_empty=empty)
-    if "machine" in chosen:
-        yield Part("machine", [*here, "tests/machine"], may_be_empty=empty)
-    if "lab" not in chosen:
-        return
-    for number in arguments.debian or RELEASES:
+    labs = []
+    for number in (arguments.debian or RELEASES) if "lab" in chosen else ():
         brief = not arguments.debian and number != next(iter(RELEASES))
         chosen_tests = ["-m", "every_release"] if brief else []
         for host in arguments.host or (["noxs"] if brief else HOSTS):
@@ -120,9 +129,24 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
             run = [sys.executable, "-m", "lab", "run", "--debian", number, *HOSTS[host]]
             limit = ["--timeout", str(LAB_SECONDS), "--"]
             name = f"lab Debian {number} {host}"
-            yield Part(
-                name, [*run, *limit, *inside, *chosen_tests, "tests/lab"], may_be_empty=empty
-            )
+            command = [*run, *limit, *inside, *chosen_tests, "tests/lab"]
+            labs.append(Part(name, command, may_be_empty=empty))
+    yield from labs[:1]
+    if "lint" in chosen and not arguments.k:
+        yield Part("lint", ["scripts/lint"])
+    if "unit" in chosen:
+        yield Part("unit", [*here, "tests/unit"], may_be_empty=empty)
+    # The last release's image may have to be built: not at the very end.
+    yield from labs[1:][-1:]
+    if "machine" in chosen:
+        yield Part("machine", [*here, "tests/machine"], may_be_empty=empty)
+    yield from labs[1:-1]
+
+
+def _lanes() -> int:
+    """How many parts this machine can run at a time."""
+    room = machine.available() >= 2 * machine.Options().memory + MEMORY_BESIDE
+    return 2 if room and (os.cpu_count() or 1) > 1 else 1
 
 
 def _wanted(host: str) -> bool:
@@ -132,28 +156,96 @@ def _wanted(host: str) -> bool:
     return any(word in text for word in words for text in texts)
 
 
-def _run_again_after_a_crash(part: Part) -> Result:
-    """Run a part; once more if the lab itself broke, which says nothing about the tests."""
-    result = _run(part)
-    if result.status == LabError.exit_code and part.name.startswith("lab "):
-        say(f"{part.name}: the lab broke down (above); one more try in a new boot")
-        result = _run(part)
-    return result
+class _Runner:
+    """Runs parts in one or two lanes, and shows what they print in the order of the parts."""
 
+    def __init__(self, parts: list[Part]) -> None:
+        self._waiting = list(reversed(parts))
+        self._order = list(parts)  # those whose output is not all shown; the first is shown live
+        self._kept: dict[str, list[bytes]] = {part.name: [] for part in parts}
+        self._done: dict[str, Result] = {}
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[bytes]] = set()
 
-def _run(part: Part) -> Result:
-    print(f"\n{'=' * 8} {part.name}: {' '.join(part.command)}", flush=True)
-    start = time.monotonic()
-    closing = ""
-    with subprocess.Popen(part.command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
-            text = line.decode(errors="replace").strip()
-            if text.startswith("=") and " in " in text:
-                closing = text.strip("= ")
-    return Result(part, process.returncode, time.monotonic() - start, closing)
+    def run(self, lanes: int) -> list[Result]:
+        """Run all parts; their results in the order in which they were given."""
+        parts = list(self._order)
+        threads = [
+            threading.Thread(target=self._lane, args=(f"test-{lane}" if lanes > 1 else "",))
+            for lane in range(1, lanes + 1)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            with self._lock:
+                self._waiting.clear()
+                for process in self._processes:
+                    process.terminate()
+            for thread in threads:
+                thread.join()
+            raise
+        return [self._done[part.name] for part in parts]
+
+    def _lane(self, lab: str) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                part = self._waiting.pop()
+            result = self._run(part, lab)
+            if result.status == LabError.exit_code and part.name.startswith("lab "):
+                # The lab itself broke, which says nothing about the tests.
+                again = f"{part.name}: the lab broke down (above); one more try in a new boot"
+                self._show(part, f"lab: {again}\n".encode())
+                result = self._run(part, lab)
+            self._end(part, result)
+
+    def _run(self, part: Part, lab: str) -> Result:
+        start = time.monotonic()
+        closing = ""
+        self._show(part, f"\n{'=' * 8} {part.name}: {' '.join(part.command)}\n".encode())
+        with subprocess.Popen(
+            part.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ({"CHAOS_LAB": lab} if lab else {}),
+        ) as process:
+            with self._lock:
+                self._processes.add(process)
+            assert process.stdout is not None
+            for line in process.stdout:
+                self._show(part, line)
+                text = line.decode(errors="replace").strip()
+                if text.startswith("=") and " in " in text:
+                    closing = text.strip("= ")
+        with self._lock:
+            self._processes.discard(process)
+        return Result(part, process.returncode, time.monotonic() - start, closing)
+
+    def _show(self, part: Part, line: bytes) -> None:
+        """Print a line, or keep it until the parts before have ended."""
+        with self._lock:
+            if self._order[0] is part:
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()
+            else:
+                self._kept[part.name].append(line)
+
+    def _end(self, part: Part, result: Result) -> None:
+        with self._lock:
+            self._done[part.name] = result
+            while self._order and self._order[0].name in self._done:
+                del self._order[0]
+                if self._order:
+                    sys.stdout.buffer.writelines(self._kept.pop(self._order[0].name))
+                    sys.stdout.buffer.flush()
+            if self._order and part in self._order:
+                verdict = "passed" if result.passed else "FAILED"
+                print(f"-------- meanwhile, {part.name}: {verdict}", flush=True)
 
 
 if __name__ == "__main__":

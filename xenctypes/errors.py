@@ -30,7 +30,7 @@ class ChaosError(Exception):
     """Root of the tree.
 
     ``hint`` is a short sentence with the way out, or "".
-    ``exit_code`` is what the command exits with (docs/architecture.md lists them).
+    ``exit_code`` is what the command exits with (README.md lists them).
     """
 
     exit_code = 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from command import chaos
 
 from chaos import config as configuration
 from chaos.builder import Builder
@@ -29,15 +30,6 @@ DAYTIME = "examples/daytime.cfg"
 PATIENCE = 60.0
 
 pytestmark = pytest.mark.usefixtures("network")
-
-
-def chaos(*argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        ["chaos", *argv], capture_output=True, text=True, timeout=300, check=False
-    )
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
 
 
 def vif(last: int, *more: str) -> str:

@@ -131,6 +131,21 @@ def test_a_broken_record_is_no_lab(record: Machine) -> None:
     assert machine.current() is None
 
 
+def test_labs_of_different_names_do_not_meet(
+    record: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAOS_LAB", "second")
+    assert machine.current() is None
+    assert machine.others()[""].pid == record.pid
+    record.save()
+    assert machine.current() is not None
+    monkeypatch.delenv("CHAOS_LAB")
+    assert list(machine.others()) == ["second"]
+    monkeypatch.setenv("CHAOS_LAB", "../x")
+    with pytest.raises(UsageError, match="CHAOS_LAB"):
+        machine.current()
+
+
 def test_the_wheel_depends_on_sources_alone(tmp_path: Path) -> None:
     (tmp_path / "chaos").mkdir()
     (tmp_path / "chaos" / "a.py").write_text("1")
@@ -191,6 +206,43 @@ def test_exec_and_down_without_a_lab(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_bad_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "-e", "novalue", "--", "true"]) == 2
     assert "NAME=VALUE" in capsys.readouterr().err
+
+
+def shell(name: str, script: str) -> suite.Part:
+    return suite.Part(name, ["sh", "-c", script])
+
+
+def test_parts_run_side_by_side_and_are_shown_in_order(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first ends after the second and the third; each lane has a lab of its own."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    parts = [
+        shell("first", f"echo one; cat {fifo}; echo two"),
+        shell("second", "echo three; echo four >&2; exit 3"),
+        shell("third", f"echo five >{fifo}; echo $CHAOS_LAB"),
+    ]
+    results = suite._Runner(parts).run(2)
+    assert [(result.part.name, result.status) for result in results] == [
+        ("first", 0),
+        ("second", 3),
+        ("third", 0),
+    ]
+    said = [line for line in capfd.readouterr().out.splitlines() if line and line[0] != "="]
+    live = [line for line in said if not line.startswith("--")]
+    assert live[:5] == ["one", "five", "two", "three", "four"]
+    assert live[5] in {"test-1", "test-2"}
+    assert "-------- meanwhile, second: FAILED" in said
+
+
+def test_a_lab_that_broke_down_is_tried_once_more(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fails_once = f"[ -e {tmp_path}/x ] || {{ touch {tmp_path}/x; exit 125; }}"
+    (good, bad) = suite._Runner([shell("lab a", fails_once), shell("lab b", "exit 125")]).run(1)
+    assert (good.status, bad.status) == (0, 125)
+    assert capfd.readouterr().out.count("one more try") == 2
 
 
 def test_the_summary_counts_and_fails(

@@ -1,0 +1,104 @@
+"""What a builder process may take, and that libxenguest is stopped by it."""
+
+from __future__ import annotations
+
+import ctypes
+import gzip
+import os
+import resource
+import traceback
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chaos import builder
+from xenctypes.ctrl import Xenctrl
+from xenctypes.errors import CallFailed
+from xenctypes.guest import DomBuilder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIB = 1 << 20
+
+
+def in_child(what: Callable[[], None]) -> None:
+    """Run it where its limits and its allocations are nobody else's."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            what()
+            status = 0
+        except BaseException:  # noqa: BLE001 - the parent has only the status
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_memory_is_limited_for_a_while() -> None:
+    def take() -> None:
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        with builder.memory_limit(64 * MIB):
+            taken = bytearray(32 * MIB)
+            with pytest.raises(MemoryError):
+                bytearray(64 * MIB)
+            del taken
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
+        bytearray(64 * MIB)
+
+    in_child(take)
+
+
+def test_a_lower_limit_that_is_there_stays() -> None:
+    def take() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (256 * MIB, 256 * MIB))
+        with builder.memory_limit(1 << 40):
+            assert resource.getrlimit(resource.RLIMIT_DATA) == (256 * MIB, 256 * MIB)
+
+    in_child(take)
+
+
+def test_maps_of_others_memory_do_not_count() -> None:
+    """A guest of many GB is mapped, shared, while its kernel is loaded."""
+
+    def take() -> None:
+        import mmap
+
+        with builder.memory_limit(16 * MIB), mmap.mmap(-1, 1 << 30) as pages:
+            pages[0] = 1
+
+    in_child(take)
+
+
+def test_libxenguest_s_allocations_fail_in_the_end() -> None:
+    """A kernel that says how large it is is refused by that; the limit is for what is not asked."""
+    bomb = gzip.compress(bytes(200 * MIB), 1)
+
+    def load() -> None:
+        ctypes.CDLL(None).mallopt(-1, 0)  # M_TRIM_THRESHOLD: what is free counts no more
+        with Xenctrl(dummy=True) as ctrl:
+            build = DomBuilder(ctrl)
+            with builder.memory_limit(64 * MIB), pytest.raises(CallFailed, match="kernel_mem"):
+                build.kernel_mem(bomb)
+            build.release()
+            build = DomBuilder(ctrl)
+            with builder.memory_limit(256 * MIB):
+                build.kernel_mem(bomb)
+            build.release()
+
+    in_child(load)
+
+
+@pytest.mark.parametrize(
+    ("size", "pages", "most"),
+    [
+        (10_000, 1024, builder.KERNEL_FLOOR),
+        (8 * MIB, 1 << 18, builder.KERNEL_MAX),  # Debian's, into 1 GiB
+        (8 * MIB, 200 << 8, 200 * MIB),
+        (300 * MIB, 1024, 300 * MIB),  # with its symbols
+    ],
+)
+def test_a_kernel_is_hardly_larger_than_its_guest(size: int, pages: int, most: int) -> None:
+    assert builder._kernel_max(size, pages) == most
