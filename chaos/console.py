@@ -1,9 +1,9 @@
-"""A guest's console: Dom0's end of the ring, its history, and attaching a terminal to it.
+"""A guest's console: Dom0's end of the ring, who may consume it, and attaching to it.
 
 The ring is the guest's memory (public/io/console.h): its indexes are copied once
-and bounded before a byte is read. One process at a time consumes it; what it
-takes goes to console.log beside the domain's record, so that whoever attaches
-next sees what the guest wrote before.
+and bounded before a byte is read. One process at a time consumes it: chaosd, or
+a command where no chaosd has it. What it takes goes to the console log beside
+the domain's record, so that whoever attaches next sees what the guest wrote before.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import select
 from struct import Struct
 from typing import TYPE_CHECKING
 
+from chaos.consolelog import ConsoleLog
 from chaos.death import DeathWatch
 from xenctypes.errors import CallFailed, StateError
 from xenctypes.evtchn import Evtchn
+from xenctypes.public import EVTCHNSTAT_interdomain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +36,6 @@ IN_AT, OUT_AT, INDEXES_AT = 0, IN_SIZE, IN_SIZE + OUT_SIZE
 INDEXES = Struct("@4I")  # in_cons, in_prod, out_cons, out_prod
 WORD = Struct("@I")
 WORD_MASK = 0xFFFFFFFF
-LOG_MAX = 65536
 ESCAPE = b"\x1d"  # Ctrl-]
 
 
@@ -70,45 +71,59 @@ class ConsoleRing:
         return count
 
 
-class History:
-    """console.log: the last LOG_MAX bytes that were consumed. Its lock makes the consumer one."""
+class ConsoleLock:
+    """Makes the consumer of a console one, among the processes that hold it so. Close it."""
 
-    def __init__(self, path: str, name: str) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    def __init__(self, directory: str, name: str) -> None:
+        self._fd = os.open(
+            f"{directory}/console.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._fd)
-            raise StateError(
-                f'the console of "{name}" is attached elsewhere', hint="leave it there with Ctrl-]"
-            ) from None
-
-    def read(self) -> bytes:
-        """What was kept so far, the last LOG_MAX bytes."""
-        size = os.fstat(self._fd).st_size
-        return os.pread(self._fd, LOG_MAX, max(0, size - LOG_MAX))
-
-    def append(self, data: bytes) -> None:
-        """Keep ``data``; the file is cut back to LOG_MAX when it reaches twice that."""
-        os.write(self._fd, data)
-        if os.fstat(self._fd).st_size > 2 * LOG_MAX:
-            kept = self.read()
-            os.ftruncate(self._fd, 0)
-            os.write(self._fd, kept)
+            raise attached_elsewhere(name) from None
 
     def close(self) -> None:
         """Let the next one attach."""
         os.close(self._fd)
 
 
+def attached_elsewhere(name: str) -> StateError:
+    """The error of whoever comes second."""
+    return StateError(
+        f'the console of "{name}" is attached elsewhere', hint="leave it there with Ctrl-]"
+    )
+
+
+def bind_console(host: Host, bind: Callable[[int, int], int], domid: int, port: int) -> int | None:
+    """Bind a guest's console channel with ``bind``: Dom0's port, 0 if the guest is past using it.
+
+    None if another process has it bound, for Xen lets only one. Raises CallFailed.
+    """
+    try:
+        return bind(domid, port)
+    except CallFailed as error:
+        if error.errno not in {errno.EINVAL, errno.ESRCH}:
+            raise
+    try:
+        status = host.ctrl.evtchn_status(domid, port).status
+    except CallFailed:
+        return 0  # the domain is gone, or as good as that
+    # Closed by the guest otherwise, or dying: what it wrote is still in the ring.
+    return None if status == EVTCHNSTAT_interdomain else 0
+
+
 class Console:
     """One domain's console, held by this process until ``close``."""
 
     def __init__(self, host: Host, names: Registry, record: Record) -> None:
+        self._host = host
         self._stack = contextlib.ExitStack()
         try:
-            self.history = History(f"{names.path}/domains/{record.uuid}/console.log", record.name)
-            self._stack.callback(self.history.close)
+            directory = f"{names.path}/domains/{record.uuid}"
+            self._stack.callback(ConsoleLock(directory, record.name).close)
+            self.log = ConsoleLog(directory)
             frames = [record.console_frame]
             mapping = self._stack.enter_context(host.memory.map(record.domid, frames))
             self._ring = ConsoleRing(mapping.view)
@@ -124,13 +139,11 @@ class Console:
             raise
 
     def _bind(self, record: Record) -> int:
-        """The guest's console channel, or 0 when the guest is past using it."""
-        try:
-            return self._evtchn.bind_interdomain(record.domid, record.console_port)
-        except CallFailed as error:
-            if error.errno in {errno.EINVAL, errno.ESRCH}:
-                return 0  # closed by the guest, or dying: what it wrote is still in the ring
-            raise
+        bind = self._evtchn.bind_interdomain
+        port = bind_console(self._host, bind, record.domid, record.console_port)
+        if port is None:
+            raise attached_elsewhere(record.name)
+        return port
 
     def __enter__(self) -> Self:
         return self
@@ -148,10 +161,11 @@ class Console:
         self._stack.close()
 
     def take(self) -> bytes:
-        """What the guest has written, all that is there now; kept in the history too."""
+        """What the guest has written, all that is there now; kept in the log too."""
         data = self._ring.read()
         if data:
-            self.history.append(data)
+            with contextlib.suppress(FileNotFoundError):  # destroyed under us
+                self.log.append(data)
             self._notify()
         return data
 

@@ -7,6 +7,8 @@ import termios
 import tty
 from typing import TYPE_CHECKING
 
+from chaos.consolelog import HISTORY_MAX
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -23,7 +25,7 @@ def attach(call: Invocation, console: Console) -> str:
         out.flush()
 
     call.stdout.flush()
-    show(console.history.read())
+    show(console.log.read(HISTORY_MAX))
     stdin = call.stdin.fileno()
     with _raw(stdin):
         ending = console.attach(stdin, show)

@@ -98,6 +98,18 @@ class Evtchn(Handle):
         self.unmask(port)
         return True
 
+    def take(self, limit: int) -> list[int]:
+        """The ports of at most ``limit`` events that wait now; does not wait for one.
+
+        The ports stay masked, and silent, until ``unmask()``.
+        """
+        while len(self._seen) < limit and self._poll.poll(0):
+            self._seen[int(self._lib.xenevtchn_pending(self.raw))] = None
+        ports = list(self._seen)[:limit]
+        for port in ports:
+            del self._seen[port]
+        return ports
+
     def drain(self) -> list[int]:
         """Take and unmask all events that wait now; returns their ports."""
         while self._poll.poll(0):

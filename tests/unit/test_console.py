@@ -1,15 +1,26 @@
-"""The console ring and its history, against a guest that may write anything."""
+"""The console ring and who may have it, against a guest that may write anything."""
 
-import os
+import errno
 from pathlib import Path
 from struct import pack_into, unpack_from
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.console import IN_SIZE, INDEXES_AT, LOG_MAX, OUT_AT, OUT_SIZE, ConsoleRing, History
-from xenctypes.errors import StateError
+from chaos.console import (
+    IN_SIZE,
+    INDEXES_AT,
+    OUT_AT,
+    OUT_SIZE,
+    ConsoleLock,
+    ConsoleRing,
+    bind_console,
+)
+from xenctypes.errors import CallFailed, StateError
+from xenctypes.public import EVTCHNSTAT_closed, EVTCHNSTAT_interdomain
 
 index = st.integers(0, 0xFFFFFFFF)
 
@@ -63,18 +74,33 @@ def test_input_stops_when_the_ring_is_full(start: int, text: bytes) -> None:
     assert bytes(data[(start + n) % IN_SIZE] for n in range(count)) == text[:count]
 
 
-def test_history_keeps_the_last_and_has_one_writer(tmp_path: Path) -> None:
-    path = str(tmp_path / "console.log")
-    history = History(path, "web")
-    assert history.read() == b""
-    chunks = [bytes([n]) * 2048 for n in range(100)]
-    for chunk in chunks:
-        history.append(chunk)
-        assert os.stat(path).st_size <= 2 * LOG_MAX
-    assert history.read() == b"".join(chunks)[-LOG_MAX:]
+def test_one_command_at_a_time_is_attached(tmp_path: Path) -> None:
+    lock = ConsoleLock(str(tmp_path), "web")
     with pytest.raises(StateError, match="attached elsewhere"):
-        History(path, "web")
-    history.close()
-    again = History(path, "web")
-    assert again.read().endswith(chunks[-1])
-    again.close()
+        ConsoleLock(str(tmp_path), "web")
+    lock.close()
+    ConsoleLock(str(tmp_path), "web").close()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "port"),
+    [
+        (0, 0, 5),
+        (errno.EINVAL, EVTCHNSTAT_interdomain, None),  # somebody else has it
+        (errno.EINVAL, EVTCHNSTAT_closed, 0),  # the guest closed it
+        (errno.ESRCH, -1, 0),  # the domain is gone
+    ],
+)
+def test_who_has_the_channel(error: int, status: int, port: int | None) -> None:
+    def bind(domid: int, remote: int) -> int:
+        if error:
+            raise CallFailed("xenevtchn_bind_interdomain", error)
+        return 5
+
+    def ask(domid: int, remote: int) -> SimpleNamespace:
+        if status < 0:
+            raise CallFailed("xc_evtchn_status", errno.ESRCH)
+        return SimpleNamespace(status=status)
+
+    host: Any = SimpleNamespace(ctrl=SimpleNamespace(evtchn_status=ask))
+    assert bind_console(host, bind, 7, 2) == port
