@@ -11,7 +11,7 @@ import gc
 import os
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from chaos import __version__
 from chaos.signals import raise_on_end
@@ -35,6 +35,8 @@ VERBS = {
     "create": Verb("create", "create a domain from a configuration file"),
     "list": Verb("list", "list domains"),
     "destroy": Verb("destroy", "end domains at once"),
+    "shutdown": Verb("shutdown", "ask domains to power off"),
+    "reboot": Verb("shutdown", "ask domains to reboot"),
     "pause": Verb("pause", "stop a domain from running"),
     "unpause": Verb("pause", "let a paused domain run"),
     "console": Verb("console", "attach to a domain's console; Ctrl-] leaves"),
@@ -42,6 +44,7 @@ VERBS = {
     "domid": Verb("names", "print the domid of a name"),
     "domname": Verb("names", "print the name of a domid"),
     "rename": Verb("names", "give a domain another name"),
+    "top": Verb("top", "show what domains use, live"),
     "info": Verb("info", "print information on the host"),
 }
 
@@ -120,11 +123,7 @@ def _run(arguments: list[str], *, verbose: bool) -> int:
     gc.disable()  # a fifth of the import, which throws nothing away
     module = import_module(f"chaos.verbs.{verb.module}")
     gc.enable()
-    parser = Parser(prog=f"chaos {name}", description=verb.summary, allow_abbrev=False)
-    parser.set_defaults(verb=name)
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the chain of causes")
-    module.configure(parser, name)
-    args = parser.parse_intermixed_args(rest)
+    args = verb_parser(name, module).parse_intermixed_args(rest)
 
     from chaos.host import Host
     from chaos.invocation import Invocation
@@ -134,6 +133,15 @@ def _run(arguments: list[str], *, verbose: bool) -> int:
         code: int = module.run(Invocation(args, host, Registry()))
         sys.stdout.flush()
         return code
+
+
+def verb_parser(name: str, module: Any) -> Parser:
+    """The parser of a verb's arguments; ``module`` is the verb's, imported."""
+    parser = Parser(prog=f"chaos {name}", description=VERBS[name].summary, allow_abbrev=False)
+    parser.set_defaults(verb=name)
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the chain of causes")
+    module.configure(parser, name)
+    return parser
 
 
 def usage() -> str:

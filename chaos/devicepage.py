@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from noxs.abi import PAGE_SIZE
-from noxs.page import encode, read_guest_words
+from noxs.page import encode, read_guest_words, write_request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +34,10 @@ class DevicePage:
         """Write the whole area, for a guest that does not run yet. Raises PageError."""
         area = encode(page)
         self._view[: len(area)] = area
+
+    def request(self, seq: int, code: int, argument: int = 0) -> None:
+        """Write a request; the guest looks at it when its store channel is notified."""
+        write_request(self._view, seq, code, argument)
 
     def words(self) -> GuestWords:
         """What the guest says of itself now: copied once, bounded."""

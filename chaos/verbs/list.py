@@ -22,6 +22,7 @@ def configure(parser: ArgumentParser, name: str) -> None:
     parser.add_argument(
         "-l", "--long", "--json", action="store_true", help="everything that is known, as JSON"
     )
+    parser.add_argument("--names", action="store_true", help="only the names, one a line")
     parser.add_argument(
         "--uuid", action="store_true", help="add a column with the UUID, as xl list -v does"
     )
@@ -39,6 +40,9 @@ def run(call: Invocation) -> int:
             call.warn(problem)
     if args.long:
         call.print_json([_describe(domain) for domain in domains])
+        return 0
+    if args.names:
+        call.print(*(domain.name for domain in domains))
         return 0
     call.print(HEADER + ("   UUID" if args.uuid else ""))
     for domain in domains:
