@@ -25,6 +25,7 @@ from xenctypes.errors import BusError, ChaosError, PermissionDenied, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
     from collections.abc import Callable
 
 SOCKET = "/run/noxs/socket"
@@ -86,36 +87,41 @@ def log(message: str) -> None:
     sys.stderr.flush()
 
 
+def parser() -> ArgumentParser:
+    """The parser of the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="noxsd",
+        description="The store of a Xen host without xenstored. Runs in the foreground.",
+    )
+    parser.add_argument("--socket", default=SOCKET, help="where to listen (%(default)s)")
+    parser.add_argument(
+        "--state",
+        default=STATE,
+        metavar="DIR",
+        help='the journal, on a tmpfs; "" for none (%(default)s)',
+    )
+    parser.add_argument(
+        "--user",
+        default=Options.user,
+        help='run as this user, by name or number; "" to stay root (%(default)s, or nobody)',
+    )
+    parser.add_argument("--group", default="", help="let this group's members connect too")
+    parser.add_argument(
+        "--socket-only",
+        action="store_true",
+        help="leave Dom0's kernel alone: a store for clients of the socket only",
+    )
+    parser.add_argument("--foreground", action="store_true", help="the default, and only, mode")
+    return parser
+
+
 def parse(argv: list[str]) -> Options:
     """The options; without arguments argparse is not even imported."""
     options = Options()
     if argv:
-        import argparse
-
-        parser = argparse.ArgumentParser(
-            prog="noxsd",
-            description="The store of a Xen host without xenstored. Runs in the foreground.",
-        )
-        parser.add_argument("--socket", default=SOCKET, help="where to listen (%(default)s)")
-        parser.add_argument(
-            "--state",
-            default=STATE,
-            metavar="DIR",
-            help='the journal, on a tmpfs; "" for none (%(default)s)',
-        )
-        parser.add_argument(
-            "--user",
-            default=Options.user,
-            help='run as this user, by name or number; "" to stay root (%(default)s, or nobody)',
-        )
-        parser.add_argument("--group", default="", help="let this group's members connect too")
-        parser.add_argument(
-            "--socket-only",
-            action="store_true",
-            help="leave Dom0's kernel alone: a store for clients of the socket only",
-        )
-        parser.add_argument("--foreground", action="store_true", help="the default, and only, mode")
-        parser.parse_args(argv, namespace=options)
+        parser().parse_args(argv, namespace=options)
     return options
 
 

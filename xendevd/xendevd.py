@@ -10,13 +10,15 @@
 It starts as root and keeps CAP_NET_ADMIN. docs/xendevd.md is for its users.
 """
 
+from __future__ import annotations
+
 import fcntl
 import os
 import select
 import sys
 from _signal import SIGINT, SIGTERM, set_wakeup_fd, signal  # type: ignore[import-not-found]  # as in noxsd
 from time import monotonic, sleep
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from noxs.bus import Bus
 from noxs.hotplug import LOCK, BusError, ChaosError
@@ -25,6 +27,9 @@ from xendevd.monitor import Monitor, present
 from xendevd.netlink import Rtnetlink
 from xendevd.openvswitch import OpenVSwitch
 from xendevd.plugger import Plugger
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
 
 RETRY = 1.0  # seconds until the bus is tried again
 ASKING = 1.0  # seconds that a lock may be held by those who only ask whether we run
@@ -119,17 +124,16 @@ def take_lock(path: str = LOCK) -> int:
             return fd
 
 
-def parse(argv: list[str]) -> None:
-    """The options; without arguments argparse is not even imported."""
-    if argv:
-        import argparse
+def parser() -> ArgumentParser:
+    """The parser of the command line."""
+    import argparse
 
-        parser = argparse.ArgumentParser(
-            prog="xendevd",
-            description="Plugs the vifs of Xen guests into bridges. Runs in the foreground.",
-        )
-        parser.add_argument("--foreground", action="store_true", help="the default, and only, mode")
-        parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="xendevd",
+        description="Plugs the vifs of Xen guests into bridges. Runs in the foreground.",
+    )
+    parser.add_argument("--foreground", action="store_true", help="the default, and only, mode")
+    return parser
 
 
 def serve() -> None:
@@ -152,7 +156,8 @@ def serve() -> None:
 
 def main() -> NoReturn:
     """The command."""
-    parse(sys.argv[1:])
+    if sys.argv[1:]:  # without arguments argparse is not even imported
+        parser().parse_args()
     try:
         serve()
     except ChaosError as error:
