@@ -45,6 +45,8 @@ VERBS = {
     "domname": Verb("names", "print the name of a domid"),
     "rename": Verb("names", "give a domain another name"),
     "top": Verb("top", "show what domains use, live"),
+    "events": Verb("events", "print what happens to domains, as it happens"),
+    "pool": Verb("pool", "list and change the shells that chaosd holds ready"),
     "info": Verb("info", "print information on the host"),
 }
 
@@ -79,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as ending:  # --help and --version of argparse
         return ending.code if isinstance(ending.code, int) else 0
     except ChaosError as error:
-        _report(error, verbose=verbose or "-v" in arguments or "--verbose" in arguments)
+        chain = verbose or "-v" in arguments or "--verbose" in arguments
+        sys.stderr.write(describe_error(error, verbose=chain))
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         for note in getattr(interrupt, "__notes__", ()):
@@ -163,7 +166,8 @@ def _nearest(name: str) -> str:
     return f"did you mean {close[0]}?" if close else "see chaos --help"
 
 
-def _report(error: ChaosError, *, verbose: bool) -> None:
+def describe_error(error: ChaosError, *, verbose: bool) -> str:
+    """What a user is told of a failure: one line, the place in a file, with -v the causes."""
     lines = [f"chaos: {error}"]
     if isinstance(error, ConfigError) and error.source:
         lines.append(error.excerpt)
@@ -173,7 +177,7 @@ def _report(error: ChaosError, *, verbose: bool) -> None:
         while cause is not None:
             lines.append(f"  caused by {type(cause).__name__}: {cause}")
             cause = cause.__cause__
-    sys.stderr.write("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

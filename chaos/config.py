@@ -15,6 +15,7 @@ and in the modules that this one is built on.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -72,36 +73,54 @@ _HEX = frozenset("0123456789abcdefABCDEF")
 T = TypeVar("T")
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> tuple[DomainConfig, list[str]]:
+def load(
+    path: str, overrides: Sequence[str] = (), *, directory: str = "", regular: bool = False
+) -> tuple[DomainConfig, list[str]]:
     """Read a file and ``key=value`` texts that go before it; also return warnings, one line each.
 
-    Relative paths in it are relative to the working directory, as with xl; the result has
-    absolute ones, and the metadata file's content.  Raise ConfigError.
+    Relative paths, ``path`` and those in the file, are relative to ``directory``, by default the
+    working directory, as with xl; the result has absolute ones, and the metadata file's content.
+    With ``regular`` nothing but regular files is read, so that nobody is kept waiting. Raise
+    ConfigError.
     """
-    document = xlcfg.parse(_read(path, xlcfg.MAX_BYTES, "configuration"), path, overrides)
-    config, warnings = from_document(document, directory=os.getcwd())
+    directory = directory or os.getcwd()
+    path_in = os.path.join(directory, path)
+    text = _read(path_in, path, xlcfg.MAX_BYTES, "configuration", regular=regular)
+    config, warnings = from_document(xlcfg.parse(text, path, overrides), directory=directory)
     if config.metadata_file:
-        try:
-            metadata = _read(config.metadata_file, MAX_METADATA, "metadata")
-        except ConfigError as error:
-            cause = f"{error.filename}: {error.cause}"
-            raise config.error(cause, "noxs_metadata_file", hint=error.hint) from error
-        config = replace(config, metadata=metadata)
+        config = with_metadata(config, regular=regular)
     return config, warnings
 
 
-def _read(path: str, limit: int, what: str) -> bytes:
-    """At most ``limit`` bytes of a file; of a pipe as well, which never ends up in memory whole."""
+def with_metadata(config: DomainConfig, *, regular: bool = False) -> DomainConfig:
+    """The configuration with what its metadata file holds. ConfigError."""
     try:
-        with open(path, "rb") as file:
+        file = config.metadata_file
+        metadata = _read(file, file, MAX_METADATA, "metadata", regular=regular)
+    except ConfigError as error:
+        cause = f"{error.filename}: {error.cause}"
+        raise config.error(cause, "noxs_metadata_file", hint=error.hint) from error
+    return replace(config, metadata=metadata)
+
+
+def _read(path: str, shown: str, limit: int, what: str, *, regular: bool) -> bytes:
+    """At most ``limit`` bytes of a file; of a pipe as well, which never ends up in memory whole."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | (os.O_NONBLOCK | os.O_NOCTTY if regular else 0))
+
+    try:
+        with open(path, "rb", opener=opener) as file:
+            if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"the {what} is no regular file", filename=printable(shown))
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
         cause = f"cannot read the {what}: {reason}"
-        raise ConfigError(cause, filename=printable(path)) from error
+        raise ConfigError(cause, filename=printable(shown)) from error
     if len(data) > limit:
         cause = f"the {what} is longer than {limit} bytes"
-        raise ConfigError(cause, filename=printable(path))
+        raise ConfigError(cause, filename=printable(shown))
     return data
 
 

@@ -433,17 +433,22 @@ def wait_ready(creation: Creation, timeout: float) -> float | None:
 
 
 def profile_json(creation: Creation) -> dict[str, Any]:
-    """The timings as plain values: milliseconds for each step, their sums, and until ready."""
+    """A create's timings as plain values."""
+    return profile_of(creation.timings, creation.ready_ms)
+
+
+def profile_of(timings: Sequence[Timing], ready_ms: float | None) -> dict[str, Any]:
+    """Timings as plain values: milliseconds for each step, their sums, and until ready."""
     steps = [
         {"name": t.name, "phase": t.phase, "category": t.category, "ms": t.ns / 1e6}
-        for t in creation.timings
+        for t in timings
     ]
-    prepare = sum(t.ns for t in creation.timings if t.phase == PREPARE) / 1e6
-    execute = sum(t.ns for t in creation.timings if t.phase == EXECUTE) / 1e6
+    prepare = sum(t.ns for t in timings if t.phase == PREPARE) / 1e6
+    execute = sum(t.ns for t in timings if t.phase == EXECUTE) / 1e6
     return {
         "steps": steps,
         "prepare_ms": prepare,
         "execute_ms": execute,
         "create_ms": prepare + execute,
-        "ready_ms": creation.ready_ms,
+        "ready_ms": ready_ms,
     }

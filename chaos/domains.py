@@ -114,15 +114,23 @@ def owned(host: Host, names: Registry, wanted: str) -> tuple[Domain, Record]:
     return domain, domain.record
 
 
-def reap(host: Host, names: Registry, infos: list[DomainInfo], problems: list[str]) -> int:
+def reap(
+    host: Host,
+    names: Registry,
+    infos: list[DomainInfo],
+    problems: list[str],
+    *,
+    shells: bool = False,
+) -> int:
     """Destroy domains that a killed create left half built, and drop records without a domain.
 
     Returns how many were reaped, and appends a line for each that resisted. Whatever is locked
-    belongs to somebody alive and is left.
+    belongs to somebody alive and is left, and so are a daemon's shells, but when the daemon
+    itself asks for ``shells`` at its start.
     """
     alive = {str(uuid_module.UUID(bytes=info.uuid)) for info in infos}
     suspects = []
-    daemon = names.daemon_runs()
+    daemon = not shells and names.daemon_runs()
     for uuid in names.uuids():
         try:
             record = names.read(uuid)
@@ -140,14 +148,17 @@ def reap(host: Host, names: Registry, infos: list[DomainInfo], problems: list[st
     reaped = 0
     for uuid in suspects:
         try:
-            reaped += reap_one(host, names, uuid)
+            reaped += reap_one(host, names, uuid, shells=shells)
         except ChaosError as error:
             problems.append(f"what is left of domain {uuid} cannot be removed: {error}")
     return reaped
 
 
-def reap_one(host: Host, names: Registry, uuid: str) -> int:
-    """Reap one, unless it is finished and alive or somebody holds its lock; how many were."""
+def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) -> int:
+    """Reap one, unless it is finished and alive or somebody holds it; how many were.
+
+    A running daemon holds its shells, but for when it asks for them with ``shells``.
+    """
     with names.entry(uuid) as entry:
         try:
             if not entry.lock(wait=False):
@@ -155,6 +166,9 @@ def reap_one(host: Host, names: Registry, uuid: str) -> int:
         except StateError:
             return 0
         record = names.read(uuid)
+        shell = record is not None and record.state == registry.SHELL
+        if shell and not shells and names.daemon_runs():
+            return 0
         wanted = uuid_module.UUID(uuid).bytes
         info = next((i for i in host.ctrl.domain_list() if i.uuid == wanted), None)
         if record is not None and record.state == registry.RUNNING and info is not None:
@@ -166,6 +180,15 @@ def reap_one(host: Host, names: Registry, uuid: str) -> int:
             vif.disconnect_all(host.bus, record.domid)
         names.forget(entry, record)
         return 1
+
+
+def check_free(host: Host, names: Registry, name: str) -> None:
+    """Raise StateError if a domain of that name exists; what died with the name is reaped."""
+    if names.uuid_of(name) is None:
+        return
+    reap(host, names, host.ctrl.domain_list(), [])
+    if names.uuid_of(name) is not None:
+        raise registry.name_taken(name)
 
 
 def _join(host: Host, names: Registry, info: DomainInfo) -> Domain:

@@ -38,6 +38,8 @@ class Invocation:
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     cancel: int = -1
+    daemon: Any = None
+    peer: Any = None
 
     def print(self, *lines: str) -> None:
         """Write lines to the standard output."""

@@ -40,10 +40,7 @@ def await_ready_or_dead(
     Raises StateError when readiness is asked of a guest that has no way to tell it.
     """
     if not until_dead and not record.noxs:
-        raise StateError(
-            f'domain "{record.name}" does not speak noxs and never says that it is ready',
-            hint="chaos wait --dead waits for its end",
-        )
+        raise never_ready(record.name)
     deadline = None if timeout is None else time.monotonic() + timeout
     with ExitStack() as stack:
         uuid = bytes.fromhex(record.uuid.replace("-", ""))
@@ -99,3 +96,11 @@ def _channel(stack: ExitStack, record: Record) -> Evtchn | None:
             raise
         return None
     return channel
+
+
+def never_ready(name: str) -> StateError:
+    """The error for a guest that has no way to say that it is ready."""
+    return StateError(
+        f'domain "{name}" does not speak noxs and never says that it is ready',
+        hint="chaos wait --dead waits for its end",
+    )

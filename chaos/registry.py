@@ -429,10 +429,7 @@ class Registry:
             if owner is None or self._drop_if_stale(path, owner):
                 self._link(name, uuid)
                 return
-            raise StateError(
-                f'a domain named "{name}" exists already',
-                hint=f"choose another name, or chaos destroy {name}",
-            ) from None
+            raise name_taken(name) from None
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
@@ -449,6 +446,14 @@ class Registry:
     def _name_path(self, name: str) -> str:
         # A name holds no slash (chaos.config); a leading dot is kept from meaning a directory.
         return f"{self.path}/names/={name}"
+
+
+def name_taken(name: str) -> StateError:
+    """The error that says so."""
+    return StateError(
+        f'a domain named "{name}" exists already',
+        hint=f"choose another name, or chaos destroy {name}",
+    )
 
 
 def _read_link(path: str) -> str | None:

@@ -191,6 +191,33 @@ def nodes(domid: int, name: str, vif: PreparedVif) -> list[tuple[str, str]]:
     ]
 
 
+def late_nodes(
+    domid: int, name: str, macs: Sequence[bytes], configs: Sequence[VifConfig]
+) -> list[tuple[str, str]]:
+    """What ``nodes`` says of a vif whose name and address came after it was connected.
+
+    Nobody acts on it: netback read its part when it connected, and needs neither.
+    """
+    pairs = []
+    for mac, config in zip(macs, configs, strict=True):
+        backend = backend_path(domid, config.devid)
+        pairs += [
+            (f"{backend}/domain", name),
+            (f"{backend}/mac", mac_text(mac)),
+            (f"{frontend_path(domid, config.devid)}/mac", mac_text(mac)),
+        ]
+    return pairs
+
+
+def update(bus: Bus, pairs: Sequence[tuple[str, str]]) -> None:
+    """Change nodes that are there; none that were removed come back."""
+
+    def write(tx: Transaction) -> None:
+        tx.write_many([pair for pair in pairs if tx.get(pair[0]) is not None])
+
+    bus.transact(write)
+
+
 def mac_text(mac: bytes) -> str:
     """A MAC address in the usual notation."""
     return mac.hex(":")

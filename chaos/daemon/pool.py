@@ -25,6 +25,7 @@ from chaos.daemon.workers import DELAYS, Worker
 from chaos.domains import reap_one
 from chaos.registry import SHELL, Record
 from chaos.shape import ImageKey, Shape, blank, shape_of
+from noxs.page import pages_needed
 from xenctypes.errors import ChaosError, StateError, XenError
 
 if TYPE_CHECKING:
@@ -203,8 +204,11 @@ class Pool:
 
     # Taking
 
-    def take(self, shape: Shape, key: ImageKey | None, room: int) -> Shell | None:
-        """A shell of just that shape and image, or None. It belongs to the caller now."""
+    def take(self, shape: Shape, key: ImageKey | None, pages: int) -> Shell | None:
+        """A shell of just that shape and image, or None. It belongs to the caller now.
+
+        ``pages`` is how many its device page must have beyond the first.
+        """
         now = self._loop.time()
         self._quiet_from = now + QUIET
         shelf = self.shelves.get((shape, key))
@@ -212,7 +216,7 @@ class Pool:
             return None
         for _ in range(len(shelf)):
             shell = shelf.popleft()
-            if shell.room >= room:
+            if shell.pages >= pages:
                 flavour = shell.flavour
                 assert flavour is not None
                 flavour.shells.discard(shell)
@@ -276,7 +280,8 @@ class Pool:
             for text in texts:
                 names.release_mac(text, uuid)
             raise
-        shell = Shell(self.host, names, uuid, shape, macs, room)
+        pages = pages_needed((None,) * len(macs), room) - 1
+        shell = Shell(self.host, names, uuid, shape, macs, pages)
         shell.image = key
         worker = self._pick(urgent=urgent)
         request = {
@@ -371,7 +376,7 @@ class Pool:
     async def _reap(self, uuid: str) -> None:
         """Remove what there is of a shell, wherever its making stopped."""
         try:
-            await self.in_thread(lambda host, names: reap_one(host, names, uuid))
+            await self.in_thread(lambda host, names: reap_one(host, names, uuid, shells=True))
         except ChaosError as error:
             self.emit("problem", what=f"a shell cannot be removed: {error}", uuid=uuid)
 

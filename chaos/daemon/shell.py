@@ -36,24 +36,25 @@ class Shell:
 
     ``template`` is the device page as the guest has it, ``mapping`` that page in our memory,
     ``port`` our end of the store channel, ``record_fd`` its record file, open for writing,
-    ``room`` how many bytes of metadata fit, ``worker`` the maker that must load a generic shell.
+    ``pages`` how many its device page has beyond the first, ``worker`` the maker that must load a
+    generic shell.
     """
 
     __slots__ = (
         "console_frame", "console_port", "digest", "domid", "flavour", "host", "image", "macs",
-        "mapping", "names", "noxs", "port", "record_fd", "record_size", "room", "shape",
+        "mapping", "names", "noxs", "pages", "port", "record_fd", "record_size", "shape",
         "store_frame", "store_port", "template", "timings", "uuid", "worker",
     )  # fmt: skip
 
     def __init__(
-        self, host: Host, names: Registry, uuid: str, shape: Shape, macs: list[bytes], room: int
+        self, host: Host, names: Registry, uuid: str, shape: Shape, macs: list[bytes], pages: int
     ) -> None:
         self.host = host
         self.names = names
         self.uuid = uuid
         self.shape = shape
         self.macs = macs
-        self.room = room
+        self.pages = pages
         self.image: ImageKey | None = None
         self.worker: Worker | None = None
         self.flavour: Flavour | None = None

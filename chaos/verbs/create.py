@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from chaos import config as configuration
 from chaos.builder import Builder
-from chaos.cli import seconds
+from chaos.cli import describe_error, seconds
 from chaos.create import CREATE_STEPS, UNPAUSED_STEPS, Creation, profile_json, wait_ready
 from chaos.destroy import destroy
 from chaos.domains import find
@@ -51,6 +51,14 @@ def configure(parser: ArgumentParser, name: str) -> None:
         metavar="N",
         help="create N domains; {n} in the name is the number, else -1 to -N is appended",
     )
+    parser.add_argument(
+        "--name", metavar="NAME", help="the name, instead of the file's; {n} is the number"
+    )
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="with --count: keep what was created when one fails, and go on",
+    )
     parser.add_argument("--profile", action="store_true", help="print how long each step took")
     parser.add_argument("--json", action="store_true", help="print what was made as JSON")
     parser.add_argument(
@@ -62,6 +70,13 @@ def configure(parser: ArgumentParser, name: str) -> None:
     )
 
 
+async def serve(call: Invocation) -> int:
+    """The same in the daemon, from its pool."""
+    from chaos.daemon.creating import serve as serve_create
+
+    return await serve_create(call)
+
+
 def run(call: Invocation) -> int:
     """Create what the command line asks for."""
     args = call.args
@@ -71,11 +86,18 @@ def run(call: Invocation) -> int:
         call.print_json(shown if args.count else shown[0])
         return 0
     made: list[Creation] = []
+    failed = 0
     with Builder() as builder:
         try:
             with progress(call.stderr, "creating", len(configs), quiet=args.quiet) as advance:
                 for config in configs:
-                    made.append(_create(call, builder, config))
+                    try:
+                        made.append(_create(call, builder, config))
+                    except ChaosError as error:
+                        if not args.keep_going:
+                            raise
+                        failed += 1
+                        call.stderr.write(describe_error(error, verbose=args.verbose))
                     advance()
         except BaseException as error:
             with held():
@@ -86,27 +108,33 @@ def run(call: Invocation) -> int:
             from chaos.foreground import stay
 
             return stay(call, builder, made[0])
-    return 0 if args.console else _report(call, made)
+    status = 1 if failed else 0
+    if args.console:
+        return status
+    return report(call, [_describe(creation) for creation in made]) or status
 
 
 def _configs(call: Invocation) -> list[DomainConfig]:
     """The configurations to create, checked; warnings are printed."""
     args = call.args
-    path, overrides = _sources(args)
+    path, overrides = sources(args)
     config, warnings = configuration.load(path, overrides)
     if not args.quiet:
         for warning in warnings:
             call.warn(warning)
+    configuration.supported(config)
+    return [replace(config, name=name) for name in names_of(args, config.name)]
+
+
+def names_of(args: Namespace, name: str) -> list[str]:
+    """The names of the domains to create: --name instead of the file's, numbered with --count."""
+    name = args.name or name
     if not args.count:
-        configuration.supported(config)
-        return [config]
-    configs = [replace(config, name=_numbered(config.name, n)) for n in range(1, args.count + 1)]
-    for one in configs:
-        configuration.supported(one)
-    return configs
+        return [name]
+    return [_numbered(name, n) for n in range(1, args.count + 1)]
 
 
-def _sources(args: Namespace) -> tuple[str, list[str]]:
+def sources(args: Namespace) -> tuple[str, list[str]]:
     """The file and the overrides, the combination of options checked."""
     path, overrides = args.config, list(args.overrides)
     if args.defconfig:
@@ -118,6 +146,8 @@ def _sources(args: Namespace) -> tuple[str, list[str]]:
         problem = "no configuration file"
     elif args.count is not None and not 1 <= args.count <= COUNT_MAX:
         problem = f"--count needs a number from 1 to {COUNT_MAX}"
+    elif args.keep_going and not args.count:
+        problem = "--keep-going goes with --count"
     elif args.count and (args.console or args.foreground):
         problem = "--count goes with neither --console nor --foreground"
     elif args.console and args.foreground:
@@ -188,17 +218,17 @@ def _conclude(call: Invocation, creation: Creation) -> None:
         destroy(call.host, call.names, find(call.host, call.names, str(creation.uuid)))
 
 
-def _report(call: Invocation, made: list[Creation]) -> int:
+def report(call: Invocation, made: list[dict[str, Any]]) -> int:
+    """Print what was made, as the options want it."""
     args = call.args
     if args.json:
-        described = [_describe(creation) for creation in made]
-        call.print_json(described if args.count else described[0])
+        call.print_json(made if args.count else made[0])
     elif args.profile:
-        for creation in made:
-            call.print(*_profile_lines(creation))
+        for one in made:
+            call.print(*_profile_lines(one))
     elif not args.quiet:
-        for creation in made:
-            call.print(f"created {creation.config.name}, domain {creation.domid}")
+        for one in made:
+            call.print(f"created {one['name']}, domain {one['domid']}")
     return 0
 
 
@@ -216,17 +246,17 @@ def _describe(creation: Creation) -> dict[str, Any]:
     }
 
 
-def _profile_lines(creation: Creation) -> list[str]:
-    profile = profile_json(creation)
-    lines = [f"{creation.config.name}, domain {creation.domid}"]
+def _profile_lines(made: dict[str, Any]) -> list[str]:
+    profile = made["profile"]
+    lines = [f"{made['name']}, domain {made['domid']}"]
     lines += [
-        f"  {step['phase']:8} {step['name']:<16} {step['ms']:9.3f} ms  {step['category']}"
+        f"  {step['phase']:8} {step['name']:<17} {step['ms']:9.3f} ms  {step['category']}"
         for step in profile["steps"]
     ]
-    lines.append(f"  {'':8} {'create':<16} {profile['create_ms']:9.3f} ms")
+    lines.append(f"  {'':8} {'create':<17} {profile['create_ms']:9.3f} ms")
     ready = profile["ready_ms"]
     if ready is not None:
-        lines.append(f"  {'':8} {'unpause to ready':<16} {ready:9.3f} ms")
-    elif creation.unpaused_ns:
-        lines.append(f"  {'':8} {'unpause to ready':<16} {'none':>9}     no ready event came")
+        lines.append(f"  {'':8} {'unpause to ready':<17} {ready:9.3f} ms")
+    elif not made["paused"]:
+        lines.append(f"  {'':8} {'unpause to ready':<17} {'none':>9}     no ready event came")
     return lines

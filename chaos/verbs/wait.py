@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from chaos.cli import seconds
+from chaos.death import Death
 from chaos.domains import owned, shutdown_name
-from chaos.readiness import DEAD, READY, await_ready_or_dead
+from chaos.readiness import DEAD, READY, Outcome, await_ready_or_dead, never_ready
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -28,18 +30,37 @@ def configure(parser: ArgumentParser, name: str) -> None:
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
+async def serve(call: Invocation) -> int:
+    """The same in the daemon, which hears of what is waited for."""
+    args = call.args
+    guest = call.daemon.find(args.domain)
+    if not args.dead and not guest.noxs:
+        raise never_ready(guest.name)
+    info = None
+    outcome = await call.daemon.wait(guest, args.timeout, dead=args.dead)
+    info = call.host.ctrl.domain_info(guest.domid)
+    if info is not None and str(UUID(bytes=info.uuid)) != guest.uuid:
+        info = None
+    return _conclude(call, guest.name, guest.domid, Outcome(outcome, Death(info), guest.words()))
+
+
 def run(call: Invocation) -> int:
     """Wait. Exit code 0: ready (with --dead: dead), 3: died before ready, 124: timed out."""
     args = call.args
     domain, record = owned(call.host, call.names, args.domain)
     outcome = await_ready_or_dead(call.host, record, until_dead=args.dead, timeout=args.timeout)
+    return _conclude(call, domain.name, domain.domid, outcome)
+
+
+def _conclude(call: Invocation, name: str, domid: int, outcome: Outcome) -> int:
+    args = call.args
     info = outcome.death.info if outcome.death else None
     reason = shutdown_name(info) if info is not None and info.shutdown else None
     if args.json:
         call.print_json(
             {
-                "name": domain.name,
-                "domid": domain.domid,
+                "name": name,
+                "domid": domid,
                 "outcome": outcome.kind,
                 "shutdown_reason": reason,
                 "exit_code": outcome.words.exit_code if outcome.words else None,

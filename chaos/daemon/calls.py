@@ -1,0 +1,327 @@
+"""What clients may ask: the methods of docs/protocol.md, and ``run``, which runs a whole command.
+
+A method is ``async def _name(connection, ident, params)``; its value is the reply's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from chaos import __version__, frames
+from chaos.cli import VERBS
+from chaos.daemon import settings as settings_module
+from chaos.daemon.command import Command, wants_client
+from chaos.daemon.wanted import NotHere, want
+from chaos.invocation import Invocation
+from xenctypes.errors import ConfigError, ProtocolError, UsageError
+
+if TYPE_CHECKING:
+    from chaos.daemon.core import Daemon
+    from chaos.daemon.server import Connection
+    from chaos.daemon.wanted import Wanted
+
+Method = Callable[[Any, int, dict[str, Any]], Coroutine[Any, Any, Any]]
+
+WAIT_MAX = 10**6
+TEXTS_MAX = 4096
+SIMPLE = {
+    "destroy": ("domains", "force", "all"),
+    "list": ("domains",),
+    "info": (),
+    "shutdown": ("domains", "all", "wait", "timeout"),
+    "reboot": ("domains", "all", "wait", "timeout"),
+}
+"""Methods that are verbs with --json, and the parameters that they take."""
+
+
+class Calls:
+    """Dispatches requests."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self._methods: dict[str, Method] = {
+            "create": self._create,
+            "wait": self._wait,
+            "pause": self._pause,
+            "unpause": self._pause,
+            "rename": self._rename,
+            "events": self._events,
+            "version": self._version,
+            "logs": self._logs,
+            "console.attach": self._console,
+            "pool.list": self._pool_list,
+            "pool.add": self._pool_add,
+            "pool.resize": self._pool_resize,
+            "pool.drain": self._pool_drain,
+            "pool.remove": self._pool_remove,
+        }
+
+    def dispatch(
+        self, connection: Connection, request: frames.Request
+    ) -> Coroutine[Any, Any, Any] | None:
+        """Begin with a request: what is left to do, or None if it is answered."""
+        ident, method, params = request
+        if method == "run":
+            return self._run(connection, ident, params)
+        if method == "signal":
+            cancel = connection.cancels.get(_take(params, "id", int))
+            if cancel is not None:
+                cancel(_take(params, "signal", int))
+            return None
+        if method == "console.write":
+            return self._console_write(connection, params)
+        if method in SIMPLE:
+            return self._verb(method, params)
+        handler = self._methods.get(method)
+        if handler is None:
+            raise ProtocolError(f'no method "{method[:32]}"', hint="docs/protocol.md lists them")
+        return handler(connection, ident, {**params, "": method})
+
+    # A whole command
+
+    def _run(
+        self, connection: Connection, ident: int, params: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any] | None:
+        fds = connection.take_fds(4)
+        command = None
+        try:
+            argv = [os.fsdecode(word) for word in _list(params, "argv", bytes)]
+            if wants_client(argv):
+                connection.reply(ident, frames.EXEC, None)
+                return None
+            directory = os.fsdecode(_take(params, "cwd", bytes))
+            env = _take(params, "env", dict)
+            command = Command(self.daemon, connection, ident, argv, directory, env, fds)
+            fds = []
+            return command.begin()
+        except NotHere:
+            connection.reply(ident, frames.EXEC, None)
+            return None
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    # Verbs whose output is the value
+
+    async def _verb(self, method: str, params: dict[str, Any]) -> Any:
+        known = SIMPLE[method]
+        argv: list[str] = []
+        for key, value in params.items():
+            if key not in known:
+                raise ProtocolError(f'{method} has no parameter "{key[:32]}"')
+            if key == "domains":
+                names = _list(params, key, str)
+                argv += ["--", *names] if not argv else names
+            elif key == "timeout":
+                argv = [f"--timeout={_number(params, key)}", *argv]
+            elif value is True:
+                argv = [f"--{key}", *argv]
+        return await self._captured(method, ["--json", *argv])
+
+    async def _captured(self, verb: str, argv: list[str]) -> Any:
+        from chaos.daemon.command import parser_of
+
+        args = parser_of(verb).parse_args(argv)
+        out = io.StringIO()
+
+        def work(host: Any, names: Any) -> None:
+            call = Invocation(
+                args, host, names, "/", io.StringIO(), out, io.StringIO(), {}, daemon=self.daemon
+            )
+            _module(verb).run(call)
+
+        try:
+            await self.daemon.in_thread(work)
+        finally:
+            text = out.getvalue()
+        return json.loads(text) if text else None
+
+    # Methods
+
+    async def _version(self, *_: Any) -> dict[str, Any]:
+        return {"version": __version__, "protocol": frames.VERSION, "pid": os.getpid()}
+
+    async def _create(self, connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
+        wanted = self._wanted(connection, params)
+        paused = _take(params, "paused", bool, default=False)
+        delivery = await self.daemon.create(wanted, connection.peer, paused=paused)
+        seconds = _number(params, "wait_ready")
+        if seconds and not paused and delivery.shell.noxs:
+            await self.daemon.wait_ready(delivery.shell.uuid, seconds)
+        described = self.daemon.describe(delivery)
+        described["ready_ms"] = described["profile"]["ready_ms"]
+        return described
+
+    def _wanted(self, connection: Connection, params: dict[str, Any]) -> Wanted:
+        overrides = _list(params, "overrides", str)
+        path, text = params.get("path"), params.get("config")
+        if (path is None) == (text is None):
+            raise ProtocolError("create needs a path or a config")
+        if path is not None:
+            name = os.fsdecode(path) if isinstance(path, (bytes, str)) else ""
+            if not os.path.isabs(name):
+                raise UsageError("the path of a configuration is absolute here")
+            try:
+                return self.daemon.reader.read(
+                    connection.peer, os.path.dirname(name), name, overrides
+                )
+            except NotHere:
+                raise ConfigError("the configuration is no regular file", filename=name) from None
+        from chaos import config, xlcfg
+        from chaos.daemon.rights import borrowed
+
+        if not isinstance(text, (bytes, str)):
+            raise ProtocolError("the config is a text")
+        directory = os.fsdecode(params.get("directory", "/"))
+        document = xlcfg.parse(text, "config", overrides)
+        parsed, warnings = config.from_document(document, directory=directory)
+        if parsed.metadata_file:
+            with borrowed(connection.peer):
+                parsed = config.with_metadata(parsed, regular=True)
+        return want(parsed, warnings)
+
+    async def _wait(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
+        guest = self.daemon.find(_take(params, "domain", str))
+        dead = _take(params, "dead", bool, default=False)
+        timeout = _number(params, "timeout") if "timeout" in params else None
+        words = guest.words()
+        outcome = await self.daemon.wait(guest, timeout, dead=dead)
+        return {
+            "name": guest.name,
+            "domid": guest.domid,
+            "outcome": outcome,
+            "exit_code": words.exit_code if words else None,
+        }
+
+    async def _pause(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
+        guest = self.daemon.find(_take(params, "domain", str))
+        ctrl = self.daemon.host.ctrl
+        if params[""] == "pause":
+            ctrl.domain_pause(guest.domid)
+            self.daemon.emit("paused", name=guest.name, domid=guest.domid)
+        else:
+            ctrl.domain_unpause(guest.domid)
+            self.daemon.emit("unpaused", name=guest.name, domid=guest.domid)
+        return {"name": guest.name, "domid": guest.domid, "uuid": guest.uuid}
+
+    async def _rename(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
+        guest = self.daemon.find(_take(params, "domain", str))
+        name = _take(params, "name", str)
+        args = ["--", guest.uuid, name]
+        await self._captured("rename", args)
+        guest.name = name
+        return {"name": name, "domid": guest.domid, "uuid": guest.uuid}
+
+    async def _events(self, connection: Connection, ident: int, params: dict[str, Any]) -> None:
+        token = _take(params, "token", str, default=None)
+        async with contextlib.aclosing(self.daemon.events.subscribe(token)) as events:
+            async for event in events:
+                connection.reply(ident, frames.PROGRESS, event)
+                await connection.room()
+
+    async def _logs(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
+        from chaos.consolelog import ConsoleLog
+
+        guest = self.daemon.find(_take(params, "domain", str))
+        path = f"{self.daemon.names.path}/domains/{guest.uuid}"
+        return await self.daemon.in_thread(lambda _host, _names: ConsoleLog(path).read())
+
+    async def _console(self, connection: Connection, ident: int, params: dict[str, Any]) -> Any:
+        guest = self.daemon.find(_take(params, "domain", str))
+        assert self.daemon.consoles is not None
+        attachment = self.daemon.consoles.attach(guest.uuid)
+        self._attached(connection)[ident] = attachment
+        try:
+            connection.reply(ident, frames.PROGRESS, attachment.history)
+            async for data in attachment:
+                connection.reply(ident, frames.PROGRESS, data)
+                await connection.room()
+        finally:
+            self._attached(connection).pop(ident, None)
+            attachment.close()
+        return attachment.ending
+
+    def _attached(self, connection: Connection) -> dict[int, Any]:
+        return connection.attached
+
+    async def _console_write(self, connection: Connection, params: dict[str, Any]) -> Any:
+        attachment = self._attached(connection).get(_take(params, "id", int))
+        if attachment is None:
+            raise ProtocolError("that request has no console attached")
+        await attachment.send(_take(params, "data", bytes))
+
+    # The pool
+
+    async def _pool_list(self, *_: Any) -> list[dict[str, Any]]:
+        return [flavour.describe() for flavour in self.daemon.pool.flavours.values()]
+
+    async def _pool_add(self, connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
+        table = _take(params, "flavour", dict)
+        self._check_rights(connection, table)
+        return self.daemon.pool.add(settings_module.flavour(table)).describe()
+
+    def _check_rights(self, connection: Connection, table: dict[str, Any]) -> None:
+        """A flavour's image is opened by the daemon later: only root may name one."""
+        if connection.peer.uid and (table.get("kernel") or table.get("ramdisk")):
+            raise UsageError(
+                "only root may add a flavour with an image",
+                hint="leave kernel out; images that are asked for often get shells by themselves",
+            )
+
+    async def _pool_resize(
+        self, _connection: Connection, _ident: int, params: dict[str, Any]
+    ) -> Any:
+        size = int(_number(params, "size"))
+        low = int(_number(params, "low")) if "low" in params else None
+        if not 0 <= size <= self.daemon.settings.max_shells:
+            raise UsageError(f"the size is within 0 to {self.daemon.settings.max_shells}")
+        return self.daemon.pool.resize(_take(params, "name", str), size, low).describe()
+
+    async def _pool_drain(
+        self, _connection: Connection, _ident: int, params: dict[str, Any]
+    ) -> Any:
+        return {"shells": await self.daemon.pool.drain(_take(params, "name", str))}
+
+    async def _pool_remove(
+        self, _connection: Connection, _ident: int, params: dict[str, Any]
+    ) -> None:
+        await self.daemon.pool.remove(_take(params, "name", str))
+
+
+_NOTHING = object()
+
+
+def _take(params: dict[str, Any], key: str, kind: type, *, default: Any = _NOTHING) -> Any:
+    value = params.get(key, default)
+    if value is _NOTHING:
+        raise ProtocolError(f'the parameter "{key}" is missing')
+    if value is not default and type(value) is not kind:
+        raise ProtocolError(f'the parameter "{key}" is no {kind.__name__}')
+    return value
+
+
+def _list(params: dict[str, Any], key: str, kind: type) -> list[Any]:
+    value = params.get(key, [])
+    if not isinstance(value, list) or len(value) > TEXTS_MAX:
+        raise ProtocolError(f'the parameter "{key}" is no list, or too long')
+    if any(type(each) is not kind for each in value):
+        raise ProtocolError(f'the parameter "{key}" has something else than {kind.__name__} in it')
+    return value
+
+
+def _number(params: dict[str, Any], key: str) -> float:
+    value = params.get(key, 0)
+    if type(value) not in (int, float) or not 0 <= value <= WAIT_MAX:
+        raise ProtocolError(f'the parameter "{key}" is no number within 0 to {WAIT_MAX}')
+    return float(value)
+
+
+def _module(verb: str) -> Any:
+    from importlib import import_module
+
+    return import_module(f"chaos.verbs.{VERBS[verb].module}")

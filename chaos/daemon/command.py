@@ -1,0 +1,244 @@
+"""A command that a thin client forwards: its verb, run here with the client's own descriptors.
+
+A verb that has ``serve`` runs on the event loop, any other in a thread, with the same code as
+without a daemon. The commonest command, ``create FILE [key=value...]`` from a warm shell, is
+answered before anything is set up for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import select
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
+
+from chaos import frames
+from chaos.cli import EXIT_INTERRUPTED, VERBS, Parser, describe_error
+from chaos.daemon.wanted import NotHere
+from chaos.invocation import Invocation
+from xenctypes.errors import ChaosError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import TextIO
+
+    from chaos.daemon.core import Daemon
+    from chaos.daemon.server import Connection
+    from chaos.host import Host
+    from chaos.registry import Registry
+
+SMALL = 1024
+"""Bytes that a descriptor which polls writable takes without blocking (PIPE_BUF is 4096)."""
+EXIT_SIGNAL = 128
+SIGINT = 2
+
+
+def wants_client(argv: list[str]) -> bool:
+    """Whether the command is one for the client's own Python: help, and what draws on a screen."""
+    words = [word for word in argv if word not in {"-v", "--verbose"}]
+    if not words or words[0] not in VERBS or "-h" in argv or "--help" in argv:
+        return True
+    return bool(getattr(_module(words[0]), "LOCAL", False))
+
+
+@functools.cache
+def _module(verb: str) -> Any:
+    return import_module(f"chaos.verbs.{VERBS[verb].module}")
+
+
+@functools.cache
+def parser_of(verb: str) -> Parser:
+    """A verb's parser, made once."""
+    parser = Parser(prog=f"chaos {verb}", description=VERBS[verb].summary, allow_abbrev=False)
+    parser.set_defaults(verb=verb)
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the chain of causes")
+    _module(verb).configure(parser, verb)
+    return parser
+
+
+class Command:
+    """One command of one client. ``fds`` are its streams and its directory, and are owned."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        connection: Connection,
+        ident: int,
+        argv: list[str],
+        directory: str,
+        env: dict[Any, Any],
+        fds: list[int],
+    ) -> None:
+        self.daemon = daemon
+        self.connection = connection
+        self.ident = ident
+        self.argv = argv
+        self.directory = directory
+        self.env = {
+            os.fsdecode(key): os.fsdecode(value)
+            for key, value in env.items()
+            if isinstance(key, bytes) and isinstance(value, bytes)
+        }
+        self.fds = fds
+        self.signal = 0
+        self._cancel_fd = -1
+        self._task: asyncio.Task[int] | None = None
+
+    def begin(self) -> Coroutine[Any, Any, Any] | None:
+        """Answer at once if that can be, else return what is left to do. NotHere."""
+        try:
+            if self._is_plain_create() and self._create_now():
+                self.close()
+                return None
+        except BaseException:
+            self.close()
+            raise
+        self.connection.cancels[self.ident] = self.cancel
+        return self._run()
+
+    def close(self) -> None:
+        """Close the client's descriptors. Idempotent."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    # The fast path
+
+    def _is_plain_create(self) -> bool:
+        argv = self.argv
+        return len(argv) > 1 and argv[0] == "create" and not any(w[:1] == "-" for w in argv[1:])
+
+    def _create_now(self) -> bool:
+        """Create from a warm shell and answer; False if there is none."""
+        daemon, peer = self.daemon, self.connection.peer
+        try:
+            wanted = daemon.reader.read(peer, self.directory, self.argv[1], self.argv[2:])
+            if wanted.warnings or not (self._writable(1) and self._writable(2)):
+                return False
+            delivery = daemon.create_now(wanted, peer)
+        except ChaosError as error:
+            text = describe_error(error, verbose=False)
+            if not self._writable(2) or len(text) > SMALL:
+                return False
+            _write(self.fds[2], text)
+            self._answer(error.exit_code)
+            return True
+        if delivery is None:
+            return False
+        _write(self.fds[1], f"created {delivery.config.name}, domain {delivery.shell.domid}\n")
+        self._answer(0)
+        return True
+
+    def _writable(self, which: int) -> bool:
+        poll = select.poll()
+        poll.register(self.fds[which], select.POLLOUT)
+        return any(event & select.POLLOUT for _, event in poll.poll(0))
+
+    def _answer(self, status: int) -> None:
+        self.connection.reply(self.ident, frames.OK, status)
+
+    # Any verb
+
+    def cancel(self, number: int | None) -> None:
+        """The client got a signal, or is gone (None): the verb shall end, and clean up."""
+        self.signal = number or 1
+        if self._cancel_fd >= 0:
+            os.eventfd_write(self._cancel_fd, 1)
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> int | None:
+        try:
+            words = list(self.argv)
+            verbose = False
+            while words[0] in {"-v", "--verbose"}:
+                verbose = True
+                words.pop(0)
+            self._cancel_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            with contextlib.ExitStack() as stack:
+                streams = [
+                    stack.enter_context(_stream(fd, mode))
+                    for fd, mode in zip(self.fds, "rww", strict=False)
+                ]
+                return await self._guarded(words, streams, verbose=verbose)
+        finally:
+            if self._cancel_fd >= 0:
+                os.close(self._cancel_fd)
+            self.close()
+
+    async def _guarded(self, words: list[str], streams: list[TextIO], *, verbose: bool) -> int:
+        _, out, err = streams
+        try:
+            args = parser_of(words[0]).parse_intermixed_args(words[1:])
+            verbose = verbose or args.verbose
+            status = await self._verb(words[0], args, streams)
+            await self._flush(out, err)
+        except NotHere:
+            self.connection.reply(self.ident, frames.EXEC, None)
+            raise
+        except (KeyboardInterrupt, asyncio.CancelledError) as error:
+            notes = "".join(f"chaos: {note}\n" for note in getattr(error, "__notes__", ()))
+            return await self._end(err, notes, self._interrupted())
+        except ChaosError as error:
+            text = describe_error(error, verbose=verbose)
+            return await self._end(err, text, error.exit_code)
+        except BrokenPipeError:
+            return 1
+        except OSError as error:
+            return await self._end(err, f"chaos: {error.strerror or error}\n", 1)
+        return status
+
+    def _interrupted(self) -> int:
+        return EXIT_INTERRUPTED if self.signal in {0, SIGINT} else EXIT_SIGNAL + self.signal
+
+    async def _end(self, err: TextIO, text: str, status: int) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            err.write(text)
+            await self._flush(err)
+        return status
+
+    async def _flush(self, *streams: TextIO) -> None:
+        for stream in streams:
+            await asyncio.to_thread(stream.flush)
+
+    async def _verb(self, verb: str, args: Any, streams: list[TextIO]) -> int:
+        module = _module(verb)
+        stdin, stdout, stderr = streams
+        call = Invocation(
+            args,
+            self.daemon.host,
+            self.daemon.names,
+            self.directory,
+            stdin,
+            stdout,
+            stderr,
+            self.env,
+            self._cancel_fd,
+            daemon=self.daemon,
+            peer=self.connection.peer,
+        )
+        if hasattr(module, "serve"):
+            self._task = self.daemon.loop.create_task(module.serve(call))
+            status: int = await self._task
+            return status
+
+        def work(host: Host, names: Registry) -> int:
+            call.host, call.names = host, names
+            code: int = module.run(call)
+            stdout.flush()
+            return code
+
+        return await self.daemon.in_verb_thread(work)
+
+
+def _stream(fd: int, mode: str) -> TextIO:
+    stream = os.fdopen(os.dup(fd), mode, encoding="utf-8", errors="backslashreplace")
+    return cast("TextIO", stream)
+
+
+def _write(fd: int, text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(fd, text.encode(errors="backslashreplace"))

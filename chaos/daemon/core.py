@@ -1,0 +1,359 @@
+"""The daemon's core: it owns the pool, the guests, their consoles and the events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import sys
+import threading
+import uuid as uuid_module
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from chaos import vif
+from chaos.create import profile_of
+from chaos.daemon.consoles import ConsoleHub
+from chaos.daemon.events import Events
+from chaos.daemon.guests import Guest, Guests
+from chaos.daemon.pool import Pool
+from chaos.daemon.rights import Peer
+from chaos.daemon.shell import DELIVERY_STEPS, PAUSED_STEPS, Delivery
+from chaos.daemon.wanted import Reader, Wanted, want
+from chaos.domains import check_free, reap
+from chaos.host import Host
+from chaos.registry import DAEMON_LOCK, Registry
+from chaos.steps import perform
+from xenctypes.errors import ChaosError, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from chaos.daemon.settings import Settings
+    from chaos.daemon.shell import Shell
+    from chaos.domconfig import DomainConfig
+
+T = TypeVar("T")
+
+THREADS = 16
+VERB_THREADS = 64
+ROOT = Peer(0, 0, 0, ())
+TICK = 2.0
+MAC_REFRESH = 30.0
+
+
+class Daemon:
+    """chaosd without its socket. Lives on one event loop; Xen's handles are that thread's."""
+
+    def __init__(self, settings: Settings, names: Registry) -> None:
+        self.settings = settings
+        self.names = names
+        self.host = Host()
+        self.loop = asyncio.get_running_loop()
+        self.events = Events()
+        self.reader = Reader()
+        self.stopping = False
+        self._lock_fd = -1
+        self._local = threading.local()
+        self._hosts: list[Host] = []
+        self._threads = ThreadPoolExecutor(THREADS, "work")
+        self._verbs = ThreadPoolExecutor(VERB_THREADS, "verb")
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._dom0_macs: frozenset[str] = frozenset()
+        self.guests = Guests(self)
+        self.pool = Pool(self.host, names, settings, self.in_thread, self.emit)
+        self.consoles: ConsoleHub | None = None
+
+    # Life
+
+    def start(self) -> None:
+        """Take over this host: reap what was left unfinished, adopt what runs. ChaosError."""
+        self.names.prepare()
+        self._lock_fd = self._lock()
+        self.host.ctrl.physinfo()
+        problems: list[str] = []
+        reap(self.host, self.names, self.host.ctrl.domain_list(), problems, shells=True)
+        for problem in problems:
+            self.log(problem)
+        self.consoles = ConsoleHub(self.host, report=self.log)
+        self.guests.start()
+        self.guests.adopt_all()
+        self.pool.start()
+        self.spawn(self._housekeeping())
+
+    async def close(self) -> None:
+        """Give the pool back and let go of the guests, which go on running."""
+        self.stopping = True
+        self.events.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.pool.close()
+        if self.consoles is not None:
+            self.consoles.close()
+        self._verbs.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for host in self._hosts:
+            host.close()
+        self.host.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+
+    def _lock(self) -> int:
+        path = f"{self.names.path}/{DAEMON_LOCK}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise StateError(
+                f"another chaosd runs on this host ({path} is locked)", hint="stop it first"
+            ) from None
+        return fd
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a coroutine that ends with the daemon; its failure is logged."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._spawned)
+        return task
+
+    def _spawned(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.log(f"a task failed: {task.exception()!r}")
+
+    async def in_thread(self, function: Callable[[Host, Registry], T]) -> T:
+        """Run something that may block where it holds nobody up, with a Host of its own."""
+        return await self.loop.run_in_executor(self._threads, self._with_host, function)
+
+    async def in_verb_thread(self, function: Callable[[Host, Registry], T]) -> T:
+        """The same for a command's verb, which may take as long as its user likes."""
+        return await self.loop.run_in_executor(self._verbs, self._with_host, function)
+
+    def _with_host(self, function: Callable[[Host, Registry], T]) -> T:
+        host = getattr(self._local, "host", None)
+        if host is None:
+            host = self._local.host = Host()
+            self._hosts.append(host)
+        return function(host, Registry(self.names.path))
+
+    def emit(self, kind: str, **data: Any) -> None:
+        """Tell of an event."""
+        self.events.emit(kind, **data)
+
+    def log(self, message: str) -> None:
+        """One line for the service manager's log."""
+        sys.stderr.write(f"chaosd: {message}\n")
+        sys.stderr.flush()
+
+    async def _housekeeping(self) -> None:
+        due = 0.0
+        while True:
+            now = self.loop.time()
+            if now >= due:
+                due = now + MAC_REFRESH
+                with contextlib.suppress(ChaosError, OSError):
+                    macs = await self.in_thread(lambda host, _: vif.taken_macs(host.bus))
+                    self._dom0_macs = frozenset(macs)
+            await asyncio.sleep(TICK)
+            self.guests.notice_others()
+
+    # Creating
+
+    async def create(self, wanted: Wanted, peer: Peer = ROOT, *, paused: bool = False) -> Delivery:
+        """A guest of the wanted configuration, from the pool or made now. ChaosError."""
+        shell = self._from_pool(wanted, peer)
+        if shell is None:
+            shell = await self._made(wanted, peer)
+        return self._deliver(shell, wanted, paused=paused)
+
+    def create_now(self, wanted: Wanted, peer: Peer, *, paused: bool = False) -> Delivery | None:
+        """The same from a warm shell; None if there is none. ChaosError."""
+        shell = self._from_pool(wanted, peer)
+        return None if shell is None else self._deliver(shell, wanted, paused=paused)
+
+    def _from_pool(self, wanted: Wanted, peer: Peer) -> Shell | None:
+        return self.pool.take(wanted.shape, wanted.key(peer), wanted.pages)
+
+    async def _made(self, wanted: Wanted, peer: Peer) -> Shell:
+        if self.names.uuid_of(wanted.config.name) is not None:
+            # Sooner than after building it all; whoever holds the name may be gone, though.
+            name = wanted.config.name
+            await self.in_thread(lambda host, names: check_free(host, names, name))
+        opened = wanted.open(peer)
+        try:
+            self.pool.note(wanted.config, wanted.source, opened)
+            shell = self.pool.take(wanted.shape, None, wanted.pages)
+            if shell is not None:
+                return await self.pool.load(shell, wanted.config, wanted.source, opened)
+            room = len(wanted.config.metadata)
+            return await self.pool.order(wanted.config, wanted.source, opened, room=room)
+        finally:
+            for each in opened:
+                each.close()
+
+    def _deliver(self, shell: Shell, wanted: Wanted, *, paused: bool) -> Delivery:
+        config = wanted.config
+        delivery = Delivery(shell, config, wanted.json, self._dom0_macs, paused)
+        try:
+            self._check(shell, wanted)
+            perform(
+                PAUSED_STEPS if paused else DELIVERY_STEPS,
+                delivery,
+                delivery.timings,
+                subject=f'cannot create "{config.name}"',
+            )
+        except ChaosError:
+            self.pool.put_back(shell)
+            raise
+        guest = self._guest(delivery)
+        self.loop.call_soon(self._settle, guest, delivery)
+        return delivery
+
+    def unpause(self, delivery: Delivery) -> None:
+        """Let a guest that was delivered paused run."""
+        guest = self.guests.by_uuid.get(delivery.shell.uuid)
+        if guest is not None:
+            guest.unpaused_ns = perf_counter_ns()
+            self.host.ctrl.domain_unpause(guest.domid)
+
+    def _check(self, shell: Shell, wanted: Wanted) -> None:
+        if wanted.config.vifs and not shell.noxs:
+            raise StateError(
+                "the image does not speak noxs, and vifs of stock guests are not supported yet",
+                hint="build it with noxs.h, or leave vif= out",
+            )
+
+    def _guest(self, delivery: Delivery) -> Guest:
+        shell = delivery.shell
+        guest = Guest(delivery.record, delivery.config)
+        guest.mapping, shell.mapping = shell.mapping, None
+        guest.port, shell.port = shell.port, 0
+        guest.unpaused_ns = delivery.unpaused_ns
+        shell.close_record()
+        self.guests.add(guest)
+        return guest
+
+    def _settle(self, guest: Guest, delivery: Delivery) -> None:
+        """What can wait until the reply is out."""
+        self.emit(
+            "created", name=guest.name, domid=guest.domid, uuid=guest.uuid, paused=delivery.paused
+        )
+        self.consoles_add(guest)
+        if delivery.config.vifs:
+            pairs = vif.late_nodes(guest.domid, guest.name, delivery.shell.macs, guest.config.vifs)
+            self.spawn(self._tell_the_bus(guest, pairs))
+
+    async def _tell_the_bus(self, guest: Guest, pairs: list[tuple[str, str]]) -> None:
+        """What the guest is called and what its addresses are, for whoever looks at the bus."""
+
+        def work(host: Host, _names: Registry) -> None:
+            if guest.uuid in self.guests.by_uuid:
+                vif.update(host.bus, pairs)
+
+        await self.in_thread(work)
+
+    async def create_again(self, config: DomainConfig, uuid: bytes) -> Guest:
+        """The successor of a guest that died. ChaosError."""
+        wanted = want(replace(config, uuid=uuid))
+        delivery = await self.create(wanted)
+        return self.guests.by_uuid[delivery.shell.uuid]
+
+    def describe(self, delivery: Delivery) -> dict[str, Any]:
+        """A delivery as ``chaos create --json`` shows it."""
+        guest = self.guests.by_uuid.get(delivery.shell.uuid)
+        config = delivery.config
+        return {
+            "name": config.name,
+            "domid": delivery.shell.domid,
+            "uuid": delivery.shell.uuid,
+            "type": config.type,
+            "memory_mib": config.memory,
+            "vcpus": config.vcpus,
+            "noxs": delivery.shell.noxs,
+            "paused": delivery.paused,
+            "profile": profile_of(
+                delivery.shell.timings + delivery.timings, guest.ready_ms if guest else None
+            ),
+        }
+
+    # Waiting
+
+    async def wait_ready(self, uuid: str, seconds: float) -> str:
+        """Wait for a guest's ready event: "ready", "dead" or "timeout"."""
+        return await self._wait(uuid, seconds, dead=False)
+
+    async def wait(self, guest: Guest, seconds: float | None, *, dead: bool) -> str:
+        """Wait until a guest is ready or dead, or only dead: "ready", "dead" or "timeout"."""
+        return await self._wait(guest.uuid, seconds, dead=dead)
+
+    async def _wait(self, uuid: str, seconds: float | None, *, dead: bool) -> str:
+        deadline = None if seconds is None else self.loop.time() + seconds
+        while True:
+            guest = self.guests.by_uuid.get(uuid)
+            if guest is None or self._is_dead(guest):
+                return "dead"
+            if not dead and guest.ready:
+                return "ready"
+            waiter = self.loop.create_future()
+            guest.waiters = [*(guest.waiters or ()), waiter]
+            left = None if deadline is None else deadline - self.loop.time()
+            try:
+                await asyncio.wait_for(waiter, left)
+            except TimeoutError:
+                return "timeout"
+            finally:
+                if guest.waiters and waiter in guest.waiters:
+                    guest.waiters.remove(waiter)
+
+    def _is_dead(self, guest: Guest) -> bool:
+        info = self.host.ctrl.domain_info(guest.domid)
+        return (
+            info is None
+            or info.shutdown
+            or info.dying
+            or info.uuid != uuid_module.UUID(guest.uuid).bytes
+        )
+
+    def write_ready(self, guest: Guest) -> None:
+        """Keep in the record when the guest was ready."""
+
+        def work(_host: Host, names: Registry) -> None:
+            record = names.read(guest.uuid)
+            if record is not None:
+                record.ready_ms = guest.ready_ms
+                names.entry(guest.uuid).write(record)
+
+        self.spawn(self.in_thread(work))
+
+    # Consoles
+
+    def consoles_add(self, guest: Guest) -> None:
+        """Have a guest's console drained from now on."""
+        if self.consoles is None or guest.console_frame < 0:
+            return
+        try:
+            self.consoles.add(
+                guest.uuid,
+                guest.name,
+                guest.domid,
+                guest.console_frame,
+                guest.console_port,
+                f"{self.names.path}/domains/{guest.uuid}",
+            )
+        except (ChaosError, OSError) as error:
+            if guest.uuid in self.guests.by_uuid:
+                self.log(f"the console of {guest.name} is not kept: {error}")
+
+    def consoles_remove(self, guest: Guest) -> None:
+        """Take what is left of a guest's console, and let go of it."""
+        if self.consoles is not None:
+            self.consoles.remove(guest.uuid)
+
+    def find(self, wanted: str) -> Guest:
+        """The guest of that name, domid or UUID. StateError."""
+        return self.guests.find(wanted)

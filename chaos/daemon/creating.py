@@ -1,0 +1,183 @@
+"""create, served by the daemon: from its pool, several at once, all or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from argparse import Namespace
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from chaos.cli import describe_error
+from chaos.progress import progress
+from chaos.verbs.create import names_of, report, sources
+from xenctypes.errors import ChaosError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from chaos.daemon.core import Daemon
+    from chaos.daemon.shell import Delivery
+    from chaos.daemon.wanted import Wanted
+    from chaos.invocation import Invocation
+
+
+async def serve(call: Invocation) -> int:
+    """Create what the command line asks for."""
+    args, daemon = call.args, call.daemon
+    path, overrides = sources(args)
+    base = daemon.reader.read(call.peer, call.directory, path, overrides)
+    if not args.quiet:
+        for warning in base.warnings:
+            call.warn(warning)
+    names = names_of(args, base.config.name)
+    if args.dryrun:
+        shown = [replace(base.config, name=name).as_dict() for name in names]
+        call.print_json(shown if args.count else shown[0])
+        return 0
+    wanted = [base if name == base.config.name else base.named(name) for name in names]
+    batch = Batch(call)
+    try:
+        await batch.create(wanted)
+        if args.console:
+            return await _console(call, batch.made[0])
+        if args.foreground:
+            return await _stay(call, batch.made[0])
+        if args.profile or args.json:
+            await batch.wait_ready(args.ready_timeout)
+    except BaseException:
+        await asyncio.shield(batch.take_back())
+        raise
+    described = [daemon.describe(delivery) for delivery in batch.made]
+    return report(call, described) or batch.status
+
+
+class Batch:
+    """Several creates of one command."""
+
+    def __init__(self, call: Invocation) -> None:
+        self.call = call
+        self.daemon: Daemon = call.daemon
+        self.made: list[Delivery] = []
+        self.status = 0
+
+    async def create(self, wanted: Sequence[Wanted]) -> None:
+        """Create them, as many at a time as there are makers. The first failure is raised."""
+        left = iter(wanted)
+        async with _shown(self.call, len(wanted)) as advance:
+            workers = min(len(wanted), self.daemon.settings.builders)
+            tasks = [
+                self.daemon.loop.create_task(self._work(left, advance)) for _ in range(workers)
+            ]
+            try:
+                await asyncio.gather(*tasks)
+            except BaseException:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                raise
+        order = {one.config.name: index for index, one in enumerate(wanted)}
+        self.made.sort(key=lambda delivery: order[delivery.config.name])
+
+    async def _work(self, left: Any, advance: Callable[[], None]) -> None:
+        args, peer = self.call.args, self.call.peer
+        paused = args.paused or args.console
+        for one in left:
+            try:
+                delivery = self.daemon.create_now(one, peer, paused=paused)
+                if delivery is None:
+                    delivery = await self.daemon.create(one, peer, paused=paused)
+                self.made.append(delivery)
+            except ChaosError as error:
+                if not args.keep_going:
+                    raise
+                self.status = 1
+                self.call.stderr.write(describe_error(error, verbose=args.verbose))
+            advance()
+            await asyncio.sleep(0)  # others have their turn
+
+    async def wait_ready(self, seconds: float) -> None:
+        """Wait until each is ready, or was given the time."""
+        await asyncio.gather(
+            *(
+                self.daemon.wait_ready(delivery.shell.uuid, seconds)
+                for delivery in self.made
+                if delivery.shell.noxs and not delivery.paused
+            )
+        )
+
+    async def take_back(self) -> None:
+        """Destroy what was made."""
+        for delivery in reversed(self.made):
+            with contextlib.suppress(ChaosError):
+                await self.daemon.guests.end(delivery.shell.uuid, "")
+
+
+@contextlib.asynccontextmanager
+async def _shown(call: Invocation, total: int) -> AsyncIterator[Callable[[], None]]:
+    """A progress bar on the client's terminal, which a thread draws: terminals may stand still."""
+    if total == 1 or call.args.quiet or not call.stderr.isatty():
+        yield lambda: None
+        return
+    done = 0
+    changed, finished = threading.Event(), threading.Event()
+
+    def draw() -> None:
+        drawn = 0
+        with progress(call.stderr, "creating", total, environ=call.environ) as advance:
+            while not finished.is_set() or drawn < done:
+                changed.wait()
+                changed.clear()
+                while drawn < done:
+                    advance()
+                    drawn += 1
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        changed.set()
+
+    drawing = asyncio.get_running_loop().create_task(asyncio.to_thread(draw))
+    try:
+        yield advance
+    finally:
+        finished.set()
+        changed.set()
+        await drawing
+
+
+async def _console(call: Invocation, delivery: Delivery) -> int:
+    """Attach to the console, then let the guest run; its whole output is in the history."""
+    from chaos.verbs.console import serve as attach
+
+    if not call.args.paused:
+        call.daemon.loop.call_soon(call.daemon.unpause, delivery)
+    await attach(replace(call, args=Namespace(domain=delivery.shell.uuid)))
+    return 0
+
+
+async def _stay(call: Invocation, delivery: Delivery) -> int:
+    """Wait for the domain's end, through its restarts. Being cancelled destroys it."""
+    uuid, name = delivery.shell.uuid, delivery.config.name
+    async with contextlib.aclosing(call.daemon.events.subscribe(None)) as events:
+        if uuid not in call.daemon.guests.by_uuid:
+            return 0
+        ending = ""
+        async for event in events:
+            if event.get("uuid") != uuid:
+                continue
+            if event["event"] == "died":
+                ending = event["action"]
+                if not call.args.quiet:
+                    call.print(f"{name}, domain {event['domid']}: {event['reason']}, {ending}")
+                    await asyncio.to_thread(call.stdout.flush)
+                if ending == "preserve":
+                    return 0
+            elif event["event"] == "created":
+                ending = ""
+            elif event["event"] == "destroyed" and ending in {"", "destroy"}:
+                if not ending and not call.args.quiet:
+                    call.print(f"{name}, domain {event['domid']}: destroyed by another command")
+                return 0
+    return 0

@@ -1,0 +1,345 @@
+"""The guests that the daemon looks after: what it holds of each, and what becomes of the dead.
+
+::
+
+    deliver/adopt --> running --ready event--> running, ready_ms known
+                         |
+                         +-- gone            another command destroyed it: forget
+                         +-- shut down --on_poweroff, on_reboot, on_crash-->
+                                 destroy, preserve, restart, rename-restart
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import uuid as uuid_module
+from time import monotonic, perf_counter_ns
+from typing import TYPE_CHECKING
+
+from chaos import afterlife
+from chaos.configjson import from_dict
+from chaos.destroy import destroy
+from chaos.domains import find as find_domain
+from chaos.domains import reap_one, shutdown_name
+from chaos.registry import RUNNING
+from noxs.abi import STATE_READY
+from noxs.page import read_guest_words
+from xenctypes.errors import CallFailed, ChaosError, StateError
+from xenctypes.evtchn import VIRQ_DOM_EXC
+
+if TYPE_CHECKING:
+    from chaos.daemon.core import Daemon
+    from chaos.domconfig import DomainConfig
+    from chaos.host import Host
+    from chaos.registry import Record, Registry
+    from noxs.page import GuestWords
+    from xenctypes.ctrl import DomainInfo
+    from xenctypes.handle import Mapping
+
+COALESCE = 0.01
+"""Seconds in which deaths are gathered: each look costs a list of all domains."""
+
+
+class Guest:
+    """A running domain. ``mapping`` is its device page, ``port`` our end of its store channel.
+
+    ``born`` is when it began to run, monotonic; ``failures`` how often in a row it died young.
+    """
+
+    __slots__ = (
+        "born", "config", "console_frame", "console_port", "domid", "failures", "mapping", "name",
+        "noxs", "port", "ready_ms", "request", "unpaused_ns", "uuid", "waiters",
+    )  # fmt: skip
+
+    def __init__(self, record: Record, config: DomainConfig) -> None:
+        self.uuid = record.uuid
+        self.name = record.name
+        self.domid = record.domid
+        self.noxs = record.noxs
+        self.console_frame = record.console_frame
+        self.console_port = record.console_port
+        self.config = config
+        self.mapping: Mapping | None = None
+        self.port = 0
+        self.ready_ms = record.ready_ms
+        self.unpaused_ns = 0
+        self.born = monotonic()
+        self.failures = 0
+        self.request = 0
+        self.waiters: list[asyncio.Future[str]] | None = None
+
+    def words(self) -> GuestWords | None:
+        """What the guest says of itself now; None for one that has no device page."""
+        return None if self.mapping is None else read_guest_words(self.mapping.view)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the guest has said that it is ready."""
+        words = self.words()
+        return words is not None and words.state == STATE_READY
+
+    def wake(self, outcome: str) -> None:
+        """Tell those who wait for this guest."""
+        waiters, self.waiters = self.waiters, None
+        for waiter in waiters or ():
+            if not waiter.done():
+                waiter.set_result(outcome)
+
+    def let_go(self, host: Host) -> None:
+        """Unmap the page and close the channel. Idempotent."""
+        if self.mapping is not None:
+            self.mapping.close()
+            self.mapping = None
+        if self.port:
+            host.evtchn.unbind(self.port)
+            self.port = 0
+
+
+class Guests:
+    """All guests, by UUID, and by the port of their store channel."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.host = daemon.host
+        self.names = daemon.names
+        self.by_uuid: dict[str, Guest] = {}
+        self.by_port: dict[int, Guest] = {}
+        self.virq = 0
+        self._look: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._ending: set[str] = set()
+        self._seen_mtime = 0
+
+    def start(self) -> None:
+        """Hear of deaths and of ready events."""
+        evtchn = self.host.evtchn
+        try:
+            self.virq = evtchn.bind_virq(VIRQ_DOM_EXC)
+        except CallFailed as error:
+            if error.errno != errno.EEXIST:
+                raise
+            self._watch_the_store()  # xenstored has the interrupt, and passes it on
+        self._loop.add_reader(evtchn.fd, self._events)
+
+    def _watch_the_store(self) -> None:
+        bus = self.host.bus
+        bus.watch("@releaseDomain", "chaosd")
+        self._loop.add_reader(bus.fileno(), self._released)
+
+    def _released(self) -> None:
+        with contextlib.suppress(ChaosError):
+            self.host.bus.events(0)
+        self.look_soon()
+
+    def _events(self) -> None:
+        now = perf_counter_ns()
+        for port in self.host.evtchn.drain():
+            if port == self.virq:
+                self.look_soon()
+                continue
+            guest = self.by_port.get(port)
+            if guest is not None:
+                self._heard(guest, now)
+
+    def _heard(self, guest: Guest, now: int) -> None:
+        if guest.ready_ms is None and guest.ready:
+            if guest.unpaused_ns:
+                guest.ready_ms = (now - guest.unpaused_ns) / 1e6
+            self.daemon.emit("ready", name=guest.name, domid=guest.domid, ready_ms=guest.ready_ms)
+            guest.wake("ready")
+            self.daemon.write_ready(guest)
+
+    # Coming
+
+    def add(self, guest: Guest) -> None:
+        """Look after a guest from now on."""
+        self.by_uuid[guest.uuid] = guest
+        if guest.port:
+            self.by_port[guest.port] = guest
+
+    def adopt(self, record: Record) -> Guest | None:
+        """Look after a domain that is running already. None if it cannot be held any more."""
+        config = from_dict(record.config | {"name": record.name})
+        guest = Guest(record, config)
+        if record.noxs and record.store_frame >= 0:
+            try:
+                guest.mapping = self.host.memory.map(record.domid, [record.store_frame])
+                guest.port = self.host.evtchn.bind_interdomain(record.domid, record.store_port)
+            except CallFailed:
+                guest.let_go(self.host)  # dying, or its channel is another command's for now
+        self.add(guest)
+        self.daemon.consoles_add(guest)
+        self.daemon.emit("adopted", name=guest.name, domid=guest.domid)
+        return guest
+
+    def adopt_all(self) -> None:
+        """Adopt what runs, and end what a killed daemon had not finished."""
+        infos = {str(uuid_module.UUID(bytes=i.uuid)): i for i in self.host.ctrl.domain_list()}
+        for uuid in self.names.uuids():
+            try:
+                record = self.names.read(uuid)
+            except ChaosError as error:
+                self.daemon.log(f"domain {uuid}: {error}")
+                continue
+            info = infos.get(uuid)
+            if record is None or record.state != RUNNING or info is None:
+                continue
+            if info.paused and not info.cpu_time and not record.paused:
+                self._loop.create_task(self.end(uuid, "was not finished"))
+                continue
+            with contextlib.suppress(ChaosError):
+                self.adopt(record)
+        self.look_soon()
+
+    def notice_others(self) -> None:
+        """Adopt domains that commands without the daemon made meanwhile."""
+        try:
+            mtime = os.stat(f"{self.names.path}/domains").st_mtime_ns
+        except FileNotFoundError:
+            return
+        if mtime == self._seen_mtime:
+            return
+        self._seen_mtime = mtime
+        for uuid in self.names.uuids():
+            if uuid not in self.by_uuid:
+                self.lookup(uuid)
+
+    def lookup(self, uuid: str) -> Guest | None:
+        """The guest of a UUID, adopted if it is not known yet."""
+        guest = self.by_uuid.get(uuid)
+        if guest is not None:
+            return guest
+        with contextlib.suppress(ChaosError):
+            record = self.names.read(uuid)
+            if record is not None and record.state == RUNNING:
+                info = self.host.ctrl.domain_info(record.domid)
+                if info is not None and str(uuid_module.UUID(bytes=info.uuid)) == uuid:
+                    return self.adopt(record)
+        return None
+
+    def find(self, wanted: str) -> Guest:
+        """The guest of that name, domid or UUID. StateError."""
+        uuid = self.names.uuid_of(wanted)
+        if uuid is None:
+            uuid = find_domain(self.host, self.names, wanted).uuid
+        guest = self.lookup(uuid)
+        if guest is None:
+            domain = find_domain(self.host, self.names, uuid)
+            raise StateError(
+                f'domain "{wanted}" was not made by chaos'
+                if domain.record is None
+                else f'domain "{wanted}" is still being created',
+                hint="use the toolstack that made it" if domain.record is None else "try again",
+            )
+        if self.names.uuid_of(guest.name) != guest.uuid:
+            record = self.names.read(guest.uuid)
+            guest.name = record.name if record is not None else guest.name
+        return guest
+
+    # Going
+
+    def look_soon(self) -> None:
+        """Find out shortly who died."""
+        if self._look is None:
+            self._look = self._loop.call_later(COALESCE, self._look_now)
+
+    def _look_now(self) -> None:
+        self._look = None
+        infos = {info.uuid: info for info in self.host.ctrl.domain_list()}
+        for guest in list(self.by_uuid.values()):
+            info = infos.get(uuid_module.UUID(guest.uuid).bytes)
+            if info is None or info.domid != guest.domid or info.dying:
+                self.forget(guest, "destroyed")
+                self.daemon.spawn(self._clean(guest.uuid))
+            elif info.shutdown and guest.uuid not in self._ending:
+                self._ending.add(guest.uuid)
+                self.daemon.spawn(self._bury(guest, info))
+
+    async def _clean(self, uuid: str) -> None:
+        """Remove the record of a domain that somebody ended who does not know of records."""
+        with contextlib.suppress(ChaosError):
+            await self.daemon.in_thread(lambda host, names: reap_one(host, names, uuid))
+
+    def forget(self, guest: Guest, how: str) -> None:
+        """Hold nothing of a guest any more."""
+        if self.by_uuid.get(guest.uuid) is guest:
+            del self.by_uuid[guest.uuid]
+            self.by_port.pop(guest.port, None)
+            self.daemon.consoles_remove(guest)
+            guest.let_go(self.host)
+            self._ending.discard(guest.uuid)
+            guest.wake("dead")
+            self.daemon.emit(how, name=guest.name, domid=guest.domid, uuid=guest.uuid)
+
+    async def _bury(self, guest: Guest, info: DomainInfo) -> None:
+        """Do what the configuration wants done with a guest that shut down."""
+        reason = shutdown_name(info)
+        action, warning = afterlife.action_for(guest.config, info)
+        words = guest.words()
+        self.daemon.emit(
+            "died",
+            name=guest.name,
+            domid=guest.domid,
+            uuid=guest.uuid,
+            reason=reason,
+            action=action,
+            exit_code=words.exit_code if words else None,
+            message=(words.message or None) if words else None,
+        )
+        if warning:
+            self.daemon.log(f"{guest.name}: {warning}")
+        guest.wake("dead")
+        try:
+            await self._obey(guest, action)
+        except ChaosError as error:
+            self.daemon.emit("problem", what=f"{action} of {guest.name}: {error}")
+            self.daemon.log(f"{action} of {guest.name} failed: {error}")
+
+    async def _obey(self, guest: Guest, action: str) -> None:
+        if action == "preserve" or self.daemon.stopping:
+            return
+        record = await self.daemon.in_thread(lambda _host, names: names.read(guest.uuid))
+        if record is None:
+            return
+        failures = guest.failures + 1 if monotonic() - guest.born < afterlife.YOUNG else 0
+        uuid = guest.uuid
+        if action == "rename-restart":
+            self.daemon.consoles_remove(guest)
+            kept = await self.daemon.in_thread(
+                lambda host, names: afterlife.set_aside(host, names, uuid)
+            )
+            self.forget(guest, "set aside")
+            with contextlib.suppress(ChaosError):
+                aside = self.names.read(kept)
+                if aside is not None:
+                    self._ending.add(kept)
+                    self.adopt(aside)
+        else:
+            await self.end(uuid, "")
+            if action == "destroy":
+                return
+        pause = afterlife.delay(failures)
+        if pause:
+            self.daemon.emit("restart waits", name=record.name, seconds=pause)
+            await asyncio.sleep(pause)
+        config = afterlife.successor(guest.config, record)
+        successor = await self.daemon.create_again(config, uuid_module.UUID(uuid).bytes)
+        successor.failures = failures
+
+    async def end(self, uuid: str, why: str) -> None:
+        """Destroy a domain with its devices, and forget it. ChaosError."""
+        guest = self.by_uuid.get(uuid)
+        if guest is not None:
+            guest_name = guest.name
+            self.forget(guest, "destroyed")
+            if why:
+                self.daemon.log(f"{guest_name} {why}: destroyed")
+
+        def work(host: Host, names: Registry) -> None:
+            if names.read(uuid) is not None:
+                destroy(host, names, find_domain(host, names, uuid))
+
+        await self.daemon.in_thread(work)

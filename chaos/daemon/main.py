@@ -1,0 +1,108 @@
+"""chaosd's start and end."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import signal
+import sys
+from socket import AF_UNIX, SOCK_DGRAM, socket
+
+from chaos import __version__
+from chaos.daemon import settings as settings_module
+from chaos.daemon.calls import Calls
+from chaos.daemon.core import Daemon
+from chaos.daemon.server import SOCKET, Server, listen
+from chaos.registry import Registry
+from xenctypes.errors import ChaosError
+
+DESCRIPTORS = 1 << 20
+DIRECTORY_MODE = 0o711
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the daemon; its exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        settings = _settings(options.config)
+        return asyncio.run(_serve(options.socket, settings))
+    except ChaosError as error:
+        sys.stderr.write(f"chaosd: {error}\n")
+        return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"chaosd: {error.filename or 'start'}: {error.strerror}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chaosd",
+        description="The daemon that keeps domain shells ready. Runs in the foreground.",
+    )
+    parser.add_argument("--config", metavar="FILE", help=f"settings ({settings_module.PATH})")
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        default=os.environ.get("CHAOS_SOCKET") or SOCKET,
+        help="where to listen (%(default)s)",
+    )
+    parser.add_argument("--version", action="version", version=f"chaosd {__version__}")
+    return parser
+
+
+def _settings(path: str | None) -> settings_module.Settings:
+    if path is None:
+        if not os.path.exists(settings_module.PATH):
+            return settings_module.Settings()
+        path = settings_module.PATH
+    return settings_module.read(path)
+
+
+async def _serve(path: str, settings: settings_module.Settings) -> int:
+    _raise_limits()
+    os.umask(0o077)
+    names = Registry()
+    daemon = Daemon(settings, names)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        daemon.start()
+        os.chmod(names.path, DIRECTORY_MODE)  # for the socket; what is in it stays closed
+        server = Server(daemon, Calls(daemon), listen(path, settings.group))
+        # What is there now stays: a collection would walk through it all for nothing.
+        gc.collect()
+        gc.freeze()
+        _notify("READY=1")
+        daemon.log(f"serving {len(daemon.guests.by_uuid)} guests on {path}")
+        await stop.wait()
+        _notify("STOPPING=1")
+        server.close()
+    finally:
+        await daemon.close()
+    return 0
+
+
+def _raise_limits() -> None:
+    """A shell costs three descriptors at most: have room for thousands."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(DESCRIPTORS, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, if it asked (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket(AF_UNIX, SOCK_DGRAM) as manager:
+            manager.sendto(state.encode(), address.replace("@", "\0", 1))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

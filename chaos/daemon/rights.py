@@ -1,0 +1,79 @@
+"""Files opened with the rights of whoever asked, not with the daemon's.
+
+Linux keeps credentials for each thread: setfsuid(2) and setfsgid(2) change what this thread may
+open and nothing else, and setgroups by the raw call likewise. While they are changed the thread
+must not do anything for anybody else; no ``await`` comes in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from socket import SO_PEERCRED, SOL_SOCKET
+from struct import Struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from xenctypes.errors import PermissionDenied
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+CREDENTIALS = Struct("iII")
+SO_PEERGROUPS = 59
+SYS_SETGROUPS = 116
+SYS_SETFSUID, SYS_SETFSGID = 122, 123
+GROUPS_MAX = 65536
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a socket."""
+
+    pid: int
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """The credentials with which the peer connected."""
+    pid, uid, gid = CREDENTIALS.unpack(sock.getsockopt(SOL_SOCKET, SO_PEERCRED, CREDENTIALS.size))
+    try:
+        raw = sock.getsockopt(SOL_SOCKET, SO_PEERGROUPS, 4 * 1024)
+        groups = tuple(memoryview(raw).cast("I"))
+    except OSError:
+        groups = ()
+    return Peer(pid, uid, gid, groups)
+
+
+@contextlib.contextmanager
+def borrowed(peer: Peer) -> Iterator[None]:
+    """Open files as ``peer`` while in here. PermissionDenied if the kernel does not let us."""
+    if peer.uid == 0 or os.geteuid() != 0:
+        yield
+        return
+    before = os.getgroups()
+    try:
+        _set_groups((peer.gid, *peer.groups))
+        _set_id(SYS_SETFSGID, peer.gid)
+        _set_id(SYS_SETFSUID, peer.uid)
+        yield
+    finally:
+        _set_id(SYS_SETFSUID, 0)
+        _set_id(SYS_SETFSGID, os.getegid())
+        _set_groups(tuple(before))
+
+
+def _set_groups(groups: tuple[int, ...]) -> None:
+    array = (ctypes.c_uint * len(groups))(*groups)
+    if _libc.syscall(SYS_SETGROUPS, len(groups), array):
+        raise PermissionDenied(f"setgroups: {os.strerror(ctypes.get_errno())}")
+
+
+def _set_id(number: int, ident: int) -> None:
+    _libc.syscall(number, ident)
+    if _libc.syscall(number, -1) != ident:  # no errors are reported: ask what holds now
+        raise PermissionDenied("cannot take on the caller's rights", hint="chaosd needs CAP_SETUID")

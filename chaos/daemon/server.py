@@ -1,0 +1,292 @@
+"""The socket: connections, their frames and descriptors, and the bounds on all of them."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from chaos import frames
+from chaos.daemon.rights import Peer, peer_of
+from chaos.daemon.wanted import NotHere
+from xenctypes.errors import BusError, ChaosError, ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from chaos.daemon.calls import Calls
+    from chaos.daemon.core import Daemon
+
+SOCKET = "/run/chaos/chaosd.sock"
+CHUNK = 1 << 16
+FDS_MAX = 4
+"""Descriptors that come with one message: a command's streams and its directory."""
+BACKLOG_MAX = 4 << 20
+"""Bytes that may wait for a client that does not read; with more it is cut off."""
+BACKLOG_HIGH = 1 << 18
+"""Bytes above which streams to a client pause."""
+
+
+class Connection:
+    """One client. ``running`` are its requests in flight by id, ``attached`` its consoles."""
+
+    def __init__(self, server: Server, sock: socket.socket, peer: Peer) -> None:
+        self.server = server
+        self.sock = sock
+        self.peer = peer
+        self.running: dict[int, asyncio.Task[None]] = {}
+        self.cancels: dict[int, Any] = {}
+        self.attached: dict[int, Any] = {}
+        self.fds: list[int] = []
+        self.closed = False
+        self._splitter = frames.Splitter()
+        self._backlog: deque[bytes] = deque()
+        self._waiting = 0
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    # In
+
+    def _readable(self) -> None:
+        try:
+            data, ancillary, flags, _ = self.sock.recvmsg(
+                CHUNK, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError:
+            data, ancillary, flags = b"", [], 0
+        self._keep(ancillary)
+        if not data or flags & socket.MSG_CTRUNC or len(self.fds) > FDS_MAX:
+            self.close()
+            return
+        try:
+            for body in self._splitter.feed(data):
+                self._take(frames.read_request(body))
+                if self.closed:
+                    return
+        except ProtocolError as error:
+            self.reply(0, frames.ERROR, _described(error))
+            self.server.daemon.log(f"client {self.peer.pid}: {error}: closed")
+            self.close()
+
+    def _keep(self, ancillary: list[Any]) -> None:
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                self.fds += fds
+
+    def take_fds(self, count: int) -> list[int]:
+        """The descriptors that came with a request, which are the caller's now. ProtocolError."""
+        fds, self.fds = self.fds, []
+        if len(fds) != count:
+            for fd in fds:
+                os.close(fd)
+            raise ProtocolError(f"the request comes with {len(fds)} descriptors, not {count}")
+        return fds
+
+    def _take(self, request: frames.Request) -> None:
+        ident = request.ident
+        if ident in self.running:
+            raise ProtocolError(f"request {ident} is still in flight")
+        if len(self.running) >= self.server.daemon.settings.requests:
+            self.reply(
+                ident,
+                frames.ERROR,
+                _described(
+                    ProtocolError(
+                        f"more than {self.server.daemon.settings.requests} requests in flight",
+                        hint="wait for replies",
+                    )
+                ),
+            )
+            return
+        try:
+            work = self.server.calls.dispatch(self, request)
+        except Exception as error:  # noqa: BLE001 - one request's failure is its own
+            self.fail(ident, error)
+            return
+        finally:
+            self._drop_fds()
+        if work is not None:
+            self.running[ident] = self._loop.create_task(self._run(ident, work))
+
+    def _drop_fds(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    async def _run(self, ident: int, work: Coroutine[Any, Any, Any]) -> None:
+        try:
+            value = await work
+        except asyncio.CancelledError:
+            self.fail(ident, ProtocolError("cancelled"))
+        except NotHere:
+            pass  # answered: the client does it itself
+        except Exception as error:  # noqa: BLE001 - one request's failure is its own
+            self.fail(ident, error)
+        else:
+            self.reply(ident, frames.OK, value)
+        finally:
+            self.running.pop(ident, None)
+            self.cancels.pop(ident, None)
+
+    # Out
+
+    def fail(self, ident: int, error: Exception) -> None:
+        """Answer with an error."""
+        if not isinstance(error, (ChaosError, OSError)):
+            self.server.daemon.log(f"a bug: {error!r}")
+        self.reply(ident, frames.ERROR, _described(error))
+
+    def reply(self, ident: int, kind: int, value: Any) -> None:
+        """Send, or keep for later; a client that does not read is cut off."""
+        if self.closed:
+            return
+        try:
+            data = frames.pack_reply(ident, kind, value)
+        except ProtocolError as error:
+            data = frames.pack_reply(ident, frames.ERROR, _described(error))
+        if not self._backlog:
+            try:
+                data = data[self.sock.send(data) :]
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.close()
+                return
+            if not data:
+                return
+            self._loop.add_writer(self.sock.fileno(), self._writable)
+        self._backlog.append(data)
+        self._waiting += len(data)
+        if self._waiting > BACKLOG_HIGH:
+            self._drained.clear()
+        if self._waiting > BACKLOG_MAX:
+            self.server.daemon.log(f"client {self.peer.pid} does not read: cut off")
+            self.close()
+
+    def _writable(self) -> None:
+        try:
+            while self._backlog:
+                data = self._backlog[0]
+                sent = self.sock.send(data)
+                self._waiting -= sent
+                if sent < len(data):
+                    self._backlog[0] = data[sent:]
+                    break
+                self._backlog.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+            return
+        if not self._backlog:
+            self._loop.remove_writer(self.sock.fileno())
+        if self._waiting <= BACKLOG_HIGH:
+            self._drained.set()
+
+    async def room(self) -> None:
+        """Wait until a stream to this client may go on."""
+        await self._drained.wait()
+
+    def close(self) -> None:
+        """Close, and cancel what was asked. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self.sock.fileno())
+        self._loop.remove_writer(self.sock.fileno())
+        self._drained.set()
+        self._drop_fds()
+        for cancel in list(self.cancels.values()):
+            cancel(None)
+        for ident, task in list(self.running.items()):
+            if ident not in self.cancels:
+                task.cancel()
+        self.sock.close()
+        self.server.connections.discard(self)
+
+
+class Server:
+    """The listening socket and its connections."""
+
+    def __init__(self, daemon: Daemon, calls: Calls, listener: socket.socket) -> None:
+        self.daemon = daemon
+        self.calls = calls
+        self.listener = listener
+        self.connections: set[Connection] = set()
+        listener.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self.listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.daemon.log(f"accept: {error.strerror}")
+            return
+        sock.setblocking(False)
+        if len(self.connections) >= self.daemon.settings.clients:
+            full = ProtocolError(
+                f"more than {self.daemon.settings.clients} clients are connected", hint="try again"
+            )
+            with contextlib.suppress(OSError):
+                sock.send(frames.pack_reply(0, frames.ERROR, _described(full)))
+            sock.close()
+            return
+        self.connections.add(Connection(self, sock, peer_of(sock)))
+
+    def close(self) -> None:
+        """Stop listening and drop every client."""
+        self._loop.remove_reader(self.listener.fileno())
+        self.listener.close()
+        for connection in list(self.connections):
+            connection.close()
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    """An error as a reply has it."""
+    if isinstance(error, ChaosError):
+        return {
+            "class": type(error).__name__,
+            "message": error.message,
+            "hint": error.hint,
+            "exit_code": error.exit_code,
+        }
+    message = error.strerror if isinstance(error, OSError) else f"a bug in chaosd: {error!r}"
+    return {"class": "ChaosError", "message": message or str(error), "hint": "", "exit_code": 1}
+
+
+def listen(path: str, group: str) -> socket.socket:
+    """The listening socket, mode 0660, of root and the group. BusError, OSError."""
+    import grp
+
+    try:
+        gid = grp.getgrnam(group).gr_gid if group else 0
+    except KeyError:
+        gid = 0  # without the group the socket is root's alone
+    os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    temporary = f"{path}.{os.getpid()}"
+    mask = os.umask(0o177)
+    try:
+        listener.bind(temporary)
+    except OSError as error:
+        raise BusError(f"{path}: {error.strerror}") from error
+    finally:
+        os.umask(mask)
+    os.chown(temporary, -1, gid)
+    os.chmod(temporary, 0o660)
+    listener.listen(512)
+    os.rename(temporary, path)
+    return listener

@@ -1,0 +1,146 @@
+"""What a client wants created, ready to be compared with what the pool has.
+
+Reading and checking a configuration costs more than the rest of a warm create, so what was read
+stays here for as long as the file is the same; a request that only chooses another name is served
+from it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections import OrderedDict
+from dataclasses import fields
+from typing import TYPE_CHECKING, NamedTuple
+
+from chaos import config as configuration
+from chaos import image
+from chaos.daemon.flavour import Source
+from chaos.daemon.rights import Peer, borrowed
+from chaos.domconfig import DomainConfig, check_name
+from chaos.shape import Shape, shape_of
+from noxs.page import pages_needed
+from xenctypes.errors import ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chaos.image import Identity, OpenImage
+    from chaos.shape import ImageKey
+
+CACHED_MAX = 256
+_NAME = re.compile(r"""\s*name\s*=\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*;?\s*""")
+_FIELDS = tuple(field.name for field in fields(DomainConfig))
+
+
+class NotHere(Exception):
+    """The path means something only in the client's own process: it shall do this itself."""
+
+
+class Wanted(NamedTuple):
+    """A configuration, and what follows from it.
+
+    ``pages`` is how many pages the device page needs beyond its first, ``json_rest`` the
+    configuration as JSON from behind its name on.
+    """
+
+    config: DomainConfig
+    shape: Shape
+    source: Source
+    pages: int
+    json_rest: str
+    warnings: tuple[str, ...]
+
+    @property
+    def json(self) -> str:
+        """The configuration as the record keeps it."""
+        return f'{{"name": {json.dumps(self.config.name)}{self.json_rest}'
+
+    def named(self, name: str) -> Wanted:
+        """The same under another name. ConfigError."""
+        check_name(name)
+        config = object.__new__(DomainConfig)
+        for field in _FIELDS:
+            object.__setattr__(config, field, getattr(self.config, field))
+        object.__setattr__(config, "name", name)
+        return self._replace(config=config)
+
+    def key(self, peer: Peer) -> ImageKey:
+        """The version of the image that its paths name now, if the peer may read it. ImageError."""
+        if peer.uid:
+            for opened in self.open(peer):
+                opened.close()
+        key = self.source.key()
+        if key is None:
+            self.open(peer)  # says what is wrong
+            raise ImageError(f"{self.source.kernel}: it keeps changing")
+        return key
+
+    def open(self, peer: Peer) -> list[OpenImage]:
+        """The images, opened with the peer's rights; the caller closes them. ImageError."""
+        with borrowed(peer):
+            return self.source.open()
+
+
+def want(config: DomainConfig, warnings: Sequence[str] = ()) -> Wanted:
+    """A checked configuration made ready. ConfigError for what cannot be created yet."""
+    configuration.supported(config)
+    text = json.dumps(config.as_dict())
+    name = json.dumps(config.name)
+    return Wanted(
+        config,
+        shape_of(config),
+        Source(config.kernel, config.ramdisk, config.cmdline),
+        pages_needed((None,) * len(config.vifs), len(config.metadata)) - 1,
+        text.removeprefix(f'{{"name": {name}'),
+        tuple(warnings),
+    )
+
+
+class Reader:
+    """Reads configurations, with a memory."""
+
+    def __init__(self) -> None:
+        self._cache: OrderedDict[tuple[Peer, str, tuple[str, ...]], tuple[Identity, Wanted]] = (
+            OrderedDict()
+        )
+
+    def read(self, peer: Peer, directory: str, path: str, overrides: Sequence[str]) -> Wanted:
+        """The configuration in a file, with overrides. ConfigError; NotHere."""
+        full = os.path.join(directory, path)
+        if full.startswith(("/dev/", "/proc/")):
+            raise NotHere
+        name = None
+        rest = tuple(overrides)
+        if overrides and (match := _NAME.fullmatch(overrides[-1])):
+            name = match[1] if match[1] is not None else match[2]
+            rest = rest[:-1]
+        with borrowed(peer):
+            found = self._find(peer, full, path, directory, rest)
+        return found if name is None else found.named(name)
+
+    def _find(
+        self, peer: Peer, full: str, path: str, directory: str, overrides: tuple[str, ...]
+    ) -> Wanted:
+        try:
+            status = os.stat(full)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"cannot read the configuration: {reason}", filename=path) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise NotHere
+        identity = image.identity(status)
+        key = (peer._replace(pid=0), full, overrides)
+        cached = self._cache.get(key)
+        if cached is not None and cached[0] == identity:
+            self._cache.move_to_end(key)
+            return cached[1]
+        config, warnings = configuration.load(path, overrides, directory=directory, regular=True)
+        wanted = want(config, warnings)
+        if not config.metadata_file:  # that may change by itself
+            self._cache[key] = identity, wanted
+            if len(self._cache) > CACHED_MAX:
+                self._cache.popitem(last=False)
+        return wanted

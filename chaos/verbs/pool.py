@@ -1,0 +1,121 @@
+"""pool: the shells that the daemon holds ready."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from xenctypes.errors import StateError, UsageError
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+    from chaos.invocation import Invocation
+
+ACTIONS = ("list", "add", "resize", "drain", "remove")
+HEADER = "Flavour                Mem VCPUs Vifs  Ready Making  Size    Served  Image"
+
+
+def configure(parser: ArgumentParser, name: str) -> None:
+    """Add the options."""
+    del name
+    parser.add_argument("action", choices=ACTIONS, nargs="?", default="list")
+    parser.add_argument("flavour", nargs="?", metavar="FLAVOUR", help="its name")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="add: settings of the flavour, as in chaos.toml(5)",
+    )
+    parser.add_argument("--size", type=int, metavar="N", help="add, resize: shells to hold ready")
+    parser.add_argument("--low", type=int, metavar="N", help="add, resize: the low-water mark")
+    parser.add_argument("--json", action="store_true", help="print flavours as JSON")
+
+
+async def serve(call: Invocation) -> int:
+    """Do it."""
+    args, pool = call.args, call.daemon.pool
+    _check(call)
+    shown = []
+    if args.action == "add":
+        shown = [pool.add(_spec(call)).describe()]
+    elif args.action == "resize":
+        shown = [pool.resize(args.flavour, args.size, args.low).describe()]
+    elif args.action == "drain":
+        count = await pool.drain(args.flavour)
+        shown = [pool.flavour(args.flavour).describe() | {"drained": count}]
+    elif args.action == "remove":
+        flavour = pool.flavour(args.flavour)
+        await pool.remove(args.flavour)
+        shown = [flavour.describe()]
+    else:
+        wanted = [args.flavour] if args.flavour else list(pool.flavours)
+        shown = [pool.flavour(name).describe() for name in wanted]
+    if args.json:
+        call.print_json(shown)
+    elif args.action == "list":
+        call.print(HEADER, *map(_row, shown))
+    return 0
+
+
+def _check(call: Invocation) -> None:
+    """Raise UsageError for options that do not go together."""
+    args = call.args
+    if args.action != "list" and not args.flavour:
+        raise UsageError(f"chaos pool {args.action}: which flavour?", hint="see chaos pool --help")
+    for option in ("size", "low"):
+        value = getattr(args, option)
+        if value is not None and not 0 <= value <= call.daemon.settings.max_shells:
+            raise UsageError(
+                f"chaos pool: --{option} is within 0 to {call.daemon.settings.max_shells}"
+            )
+    if args.action == "resize" and args.size is None:
+        raise UsageError("chaos pool resize: --size is missing")
+
+
+def _spec(call: Invocation) -> Any:
+    import tomllib
+
+    from chaos.daemon import settings
+    from xenctypes.errors import ConfigError
+
+    args = call.args
+    table: dict[str, Any] = {}
+    for text in args.settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"chaos pool add: {text} is no key=value")
+        try:
+            table[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[key.strip()] = value  # text that needs no quotes
+    for key in ("size", "low"):
+        if getattr(args, key) is not None:
+            table[key] = getattr(args, key)
+    if call.peer.uid and (table.get("kernel") or table.get("ramdisk")):
+        raise UsageError(
+            "only root may add a flavour with an image",
+            hint="leave kernel out; images that are asked for often get shells by themselves",
+        )
+    for key in ("kernel", "ramdisk"):
+        if isinstance(table.get(key), str) and not table[key].startswith("/"):
+            table[key] = f"{call.directory}/{table[key]}"
+    if "name" in table:
+        raise ConfigError("the name comes in front of the settings", key="name")
+    return settings.flavour({"name": args.flavour, **table})
+
+
+def run(call: Invocation) -> int:
+    """Without a daemon there is no pool."""
+    del call
+    raise StateError("no chaosd runs, and the pool is its", hint="start chaosd")
+
+
+def _row(flavour: dict[str, Any]) -> str:
+    image = flavour["kernel"] or "-"
+    if flavour["problem"]:
+        image += f"  ({flavour['problem']})"
+    return (
+        f"{flavour['name']:<20} {flavour['memory_mib']:5} {flavour['vcpus']:5}"
+        f" {len(flavour['bridges']):4}  {flavour['ready']:5} {flavour['making']:6}"
+        f" {flavour['size']:5} {flavour['served']:9}  {image}"
+    )
