@@ -1,7 +1,8 @@
 """The command: finds the verb, imports only that one, runs it, turns errors into one line.
 
 Exit codes: 0 done; 1 it failed; 2 the command line or a configuration is wrong;
-3 `wait`: the domain died before it was ready; 124 `wait`: timed out; 130 Ctrl-C.
+3 `wait`: the domain died before it was ready; 124 `wait`, `shutdown`, `reboot`: timed out;
+130 Ctrl-C.
 """
 
 from __future__ import annotations
