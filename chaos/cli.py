@@ -41,6 +41,7 @@ VERBS = {
     "pause": Verb("pause", "stop a domain from running"),
     "unpause": Verb("pause", "let a paused domain run"),
     "console": Verb("console", "attach to a domain's console; Ctrl-] leaves"),
+    "logs": Verb("logs", "show what a domain's console said"),
     "wait": Verb("wait", "wait until a domain is ready or dead"),
     "domid": Verb("names", "print the domid of a name"),
     "domname": Verb("names", "print the name of a domid"),

@@ -26,7 +26,7 @@ class Invocation:
 
     ``cancel`` is a descriptor that becomes readable when the caller wants the verb to end (Ctrl-C
     at a client, or a client that is gone), or -1 where a signal says so: whoever waits long polls
-    it too. ``environ`` is the caller's environment.
+    it too. ``environ`` is the caller's environment. ``daemon`` is the daemon that runs the verb.
     """
 
     args: Namespace

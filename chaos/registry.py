@@ -9,7 +9,8 @@
         macs/<mac>     -> <uuid>    the same for MAC addresses
         domains/<uuid>/             flock: held by whoever builds or destroys the domain
             domain.json             the record, written to a temporary name and renamed
-            console.log             what the console showed (chaos.console)
+            console.log, .log.1     what the console said (chaos.consolelog)
+            console.lock            flock: held by a command that is attached to it
 
 A record whose directory nobody locks and whose domain the hypervisor does not
 know, or whose state is still "building", was left by a process that died: the

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from chaos.console import Console
 from chaos.domains import owned
 from chaos.terminal import attach
+from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -23,6 +24,19 @@ def configure(parser: ArgumentParser, name: str) -> None:
 def run(call: Invocation) -> int:
     """Show what the guest wrote before, then copy both ways until Ctrl-], end of input or death."""
     _, record = owned(call.host, call.names, call.args.domain)
+    if call.names.daemon_runs():
+        raise StateError(
+            f'chaosd holds the console of "{record.name}"', hint="leave --no-daemon out"
+        )
     with Console(call.host, call.names, record) as console:
         attach(call, console)
+    return 0
+
+
+async def serve(call: Invocation) -> int:
+    """The same in the daemon, where any number of terminals can be attached at once."""
+    from chaos.daemon import attach
+
+    guest = call.daemon.find(call.args.domain)
+    await attach.attach(call, call.daemon.consoles.attach(guest.uuid))
     return 0

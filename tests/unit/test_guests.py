@@ -20,7 +20,13 @@ from noxs.pageview import decode
 
 ROOT = Path(__file__).parents[2]
 GUESTS = ROOT / "guests"
-LIMITS = {"hello": 100_000, "spin": 100_000, "daytime": 150_000, "noxs-fuzz": 100_000}
+LIMITS = {
+    "hello": 100_000,
+    "spin": 100_000,
+    "daytime": 150_000,
+    "chatty": 100_000,
+    "noxs-fuzz": 100_000,
+}
 
 PT_NOTE = 4
 ELFNOTE_ENTRY, ELFNOTE_HYPERCALL_PAGE, ELFNOTE_VIRT_BASE, ELFNOTE_XEN_VERSION = 1, 2, 3, 5
