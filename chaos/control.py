@@ -37,7 +37,10 @@ NAMES = {REQUEST_POWEROFF: "shut down", REQUEST_REBOOT: "reboot"}
 
 
 class Request:
-    """One request to one guest. ``result`` is its ACK_*, ``death`` how it died; None: not yet."""
+    """One request to one guest.
+
+    ``result`` is its ACK_*, ``death`` how it died; None: not yet. ``rung``: it was told to look.
+    """
 
     def __init__(self, record: Record, code: int, page: DevicePage) -> None:
         self.record = record
@@ -45,6 +48,7 @@ class Request:
         self.page = page
         self.uuid = bytes.fromhex(record.uuid.replace("-", ""))
         self.port = 0
+        self.rung = False
         self.result: int | None = None
         self.death: Death | None = None
         self.seq = sequence(page.words().ack)
@@ -74,12 +78,12 @@ class Control:
     """Asks guests and collects their answers.
 
     ``cancel`` is a descriptor that ends a wait with KeyboardInterrupt when it becomes readable, or
-    -1. ``ring`` notifies a guest by its domid and says whether it could: for a process that
+    -1. ``ring`` notifies a guest by its UUID and says whether it could: for a process that
     holds the guests' channels already, and hears their answers elsewhere.
     """
 
     def __init__(
-        self, host: Host, *, cancel: int = -1, ring: Callable[[int], bool] | None = None
+        self, host: Host, *, cancel: int = -1, ring: Callable[[str], bool] | None = None
     ) -> None:
         self.requests: list[Request] = []
         self._host = host
@@ -139,7 +143,8 @@ class Control:
     def _notify(self, request: Request) -> None:
         """Ring, unless another process holds the guest's channel: then ``wait`` tries again."""
         record = request.record
-        if self._ring is not None and self._ring(record.domid):
+        if self._ring is not None and self._ring(record.uuid):
+            request.rung = True
             return
         try:
             request.port = self._evtchn.bind_interdomain(record.domid, record.store_port)
@@ -147,6 +152,7 @@ class Control:
             if error.errno not in {errno.EINVAL, errno.ESRCH}:
                 raise
             return
+        request.rung = True
         self._by_port[request.port] = request
         self._evtchn.notify(request.port)
 
@@ -182,7 +188,7 @@ class Control:
         for request in open_requests:
             if not request.port:
                 _look(request)
-                if request.result is None and self._ring is None:
+                if request.result is None and not request.rung:
                     self._notify(request)
         if self._deaths in ports or not self._deaths:
             self._look_for_deaths()
@@ -190,12 +196,16 @@ class Control:
     def _look_for_deaths(self) -> None:
         alive = {(info.domid, info.uuid): info for info in self._host.ctrl.domain_list()}
         for request in self.requests:
-            if request.death is None:
-                request.death = death_of(request, alive)
+            if request.death is None and (death := death_of(request, alive)) is not None:
+                _look(request)
+                request.death = death
+                request.page.close()  # a page that is mapped keeps the domain from going away
 
 
 def _look(request: Request) -> None:
     """Take the guest's answer, if it is there."""
+    if request.death is not None:
+        return
     words = request.page.words()
     if request.result is None and words.ack == request.seq:
         request.result = words.ack_result

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from chaos import frames
-from chaos.cli import EXIT_INTERRUPTED, VERBS, Parser, describe_error
+from chaos.cli import EXIT_INTERRUPTED, VERBS, describe_error, verb_parser
 from chaos.daemon.wanted import NotHere
 from chaos.invocation import Invocation
 from xenctypes.errors import ChaosError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
     from typing import TextIO
 
+    from chaos.cli import Parser
     from chaos.daemon.core import Daemon
     from chaos.daemon.server import Connection
     from chaos.host import Host
@@ -52,11 +53,7 @@ def _module(verb: str) -> Any:
 @functools.cache
 def parser_of(verb: str) -> Parser:
     """A verb's parser, made once."""
-    parser = Parser(prog=f"chaos {verb}", description=VERBS[verb].summary, allow_abbrev=False)
-    parser.set_defaults(verb=verb)
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the chain of causes")
-    _module(verb).configure(parser, verb)
-    return parser
+    return verb_parser(verb, _module(verb))
 
 
 class Command:

@@ -152,6 +152,19 @@ class Guests:
             guest.wake("ready")
             self.daemon.write_ready(guest)
 
+    def ring(self, uuid: str) -> bool:
+        """Have a guest look at the request in its page. From any thread; False: no such guest."""
+        guest = self.by_uuid.get(uuid)
+        if guest is None or not guest.port:
+            return False
+        self._loop.call_soon_threadsafe(self._ring, guest)
+        return True
+
+    def _ring(self, guest: Guest) -> None:
+        if guest.port:
+            with contextlib.suppress(CallFailed):  # it died meanwhile
+                self.host.evtchn.notify(guest.port)
+
     # Coming
 
     def add(self, guest: Guest) -> None:

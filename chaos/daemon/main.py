@@ -24,7 +24,7 @@ DIRECTORY_MODE = 0o711
 
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon; its exit status."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         settings = _settings(options.config)
         return asyncio.run(_serve(options.socket, settings))
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="chaosd",
         description="The daemon that keeps domain shells ready. Runs in the foreground.",

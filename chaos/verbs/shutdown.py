@@ -51,7 +51,8 @@ def run(call: Invocation) -> int:
     if bool(args.domains) == args.all:
         raise UsageError(f"chaos {args.verb}: name domains, or give --all")
     failures: list[ChaosError] = []
-    with Control(call.host, cancel=call.cancel) as control:
+    ring = call.daemon.guests.ring if call.daemon is not None else None
+    with Control(call.host, cancel=call.cancel, ring=ring) as control:
         for record in _targets(call, failures):
             try:
                 control.ask(record, CODES[args.verb])
@@ -115,6 +116,11 @@ def _refusal(request: Request) -> StateError:
 
 def _lateness(request: Request) -> str:
     name = request.record.name
+    if not request.rung:
+        return (
+            f'domain "{name}" cannot be told of the request: another process has its channel'
+            " (if that is chaosd, ask it: leave --no-daemon out)"
+        )
     if request.result is None:
         return (
             f'domain "{name}" has not answered; the request stays until it does'

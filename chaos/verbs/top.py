@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from chaos.invocation import Invocation
 
+LOCAL = True  # it draws on its user's terminal, and takes all that it shows from the host itself
 DELAY = 3.0
 DELAY_MIN = 0.1
 COLUMNS = (
