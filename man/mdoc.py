@@ -26,18 +26,20 @@ def options(found: Iterable[Argument]) -> list[str]:
     """A list of options, or of anything else with names."""
     lines = []
     for one in found:
+        if not one.text:
+            continue  # the synopsis has it
         names = " , ".join(
             f"Fl {word(flag.removeprefix('-'))}"
             + (f" Ar {word(one.metavar)}" if one.metavar else "")
             for flag in one.flags
         )
         lines.append(f".It {names or f'Ar {word(one.metavar)}'}")
-        lines.append(text(_sentence(one.text)) if one.text else "No more to say.")
+        lines.append(text(_sentence(one.text)))
     return [".Bl -tag -width Ds", *lines, ".El"] if lines else []
 
 
 def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:] + ("" if words.endswith((".", ")")) else ".")
+    return words[:1].upper() + words[1:] + ("" if words.endswith(".") else ".")
 
 
 def synopsis(command: Command, name: str) -> list[str]:

@@ -156,3 +156,42 @@ def test_stopped_and_started_again(guest: str) -> None:
         wait_for(lambda name=name: active(name), f"{name} does not start")  # type: ignore[misc]
     run("chaos", "destroy", "daytime")
     create_with_a_vif()
+
+
+@pytest.mark.skipif("chaosd" not in DAEMONS, reason="chaosd is not installed")
+@pytest.mark.parametrize("how", ["restart", "kill"])
+def test_chaosd_comes_and_goes_and_100_guests_run_on(how: str, guest: str) -> None:
+    many = ["create", "-q", "--count", "100", "examples/hello.cfg", 'name="many-{n}"']
+    run("chaos", *many)
+    try:
+        before = guests()
+        assert len(before) == 101
+        old = pid("chaosd")
+        with subprocess.Popen(
+            ["ping", "-c", "100", "-i", "0.2", "-W", "5", ADDRESS],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as pinging:
+            if how == "restart":
+                run("systemctl", "restart", "chaosd")
+            else:
+                end(old, signal.SIGKILL)
+            wait_for(lambda: active("chaosd", old), "chaosd does not come back")
+            assert pinging.stdout is not None
+            told = pinging.stdout.read()
+        assert " 0% packet loss" in told, told
+        assert guests() == before
+    finally:
+        names = [f"many-{n}" for n in range(1, 101)]
+        run("chaos", "destroy", *names, status=None)
+    assert list(guests().values()) == [guest]
+
+
+def guests() -> dict[str, str]:
+    """Names and UUIDs of the running domains that chaos made."""
+    listed = json.loads(run("chaos", "list", "--json"))
+    return {
+        one["name"]: one["uuid"]
+        for one in listed
+        if one["made_by_chaos"] and one["shutdown_reason"] is None
+    }
