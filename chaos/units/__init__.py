@@ -75,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     if not os.access(f"{args.bin}/noxsd", os.X_OK) and not args.remove:
         sys.stderr.write(f"chaos-units: there is no noxsd in {args.bin} (see --bin)\n")
         return 2
+    if set(args.bin) & set(" \t%\\\"'$"):
+        sys.stderr.write(f"chaos-units: {args.bin}: a unit cannot hold such a path\n")
+        return 2
     try:
         for path, text in outputs(args.etc, args.bin, systemd_release()).items():
             if args.remove:

@@ -48,6 +48,12 @@ def test_daemons_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "etc").exists()
 
 
+def test_a_path_that_systemd_would_read_otherwise(tmp_path: Path, daemons: Path) -> None:
+    odd = daemons.rename(tmp_path / "100% odd")
+    assert write(tmp_path, odd) == 2
+    assert not (tmp_path / "etc").exists()
+
+
 def test_every_daemon_has_its_script() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     for name in units.UNITS:
