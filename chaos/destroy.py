@@ -35,6 +35,11 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
             )
         host.ctrl.domain_destroy(domain.domid)
         return
+    if domain.record.state == registry.SHELL and names.daemon_runs():
+        raise StateError(
+            f"domain {domain.domid} is a shell of chaosd's pool",
+            hint="chaos pool drain gives shells back",
+        )
     with names.entry(domain.uuid) as entry:
         if not entry.lock(wait=False):
             raise StateError(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from xenctypes.ctrl import DomainInfo
 
 DOM0 = "Domain-0"
+SHELL_NAME = "(shell)"
 UNNAMED = "(null)"  # what xl calls a domain whose name it does not know
 SHUTDOWN_LETTERS = "-rscwS"  # poweroff, reboot, suspend, crash, watchdog, soft reset (xl_info.c)
 SHUTDOWN_NAMES = ("poweroff", "reboot", "suspend", "crash", "watchdog", "soft-reset")
@@ -36,6 +37,11 @@ class Domain(NamedTuple):
     def uuid(self) -> str:
         """The UUID that the hypervisor stores, as text."""
         return str(uuid_module.UUID(bytes=self.info.uuid))
+
+    @property
+    def is_shell(self) -> bool:
+        """Whether it waits in a daemon's pool."""
+        return self.record is not None and self.record.state == registry.SHELL
 
     @property
     def memory_mib(self) -> int:
@@ -72,15 +78,19 @@ def shutdown_name(info: DomainInfo) -> str:
     return SHUTDOWN_NAMES[reason] if 0 <= reason < len(SHUTDOWN_NAMES) else f"reason {reason}"
 
 
-def list_domains(host: Host, names: Registry, problems: list[str] | None = None) -> list[Domain]:
+def list_domains(
+    host: Host, names: Registry, problems: list[str] | None = None, *, shells: bool = False
+) -> list[Domain]:
     """Every domain, by domid; reaps first what dead commands left behind.
 
-    A line for each thing that could not be reaped is appended to ``problems``.
+    A line for each thing that could not be reaped is appended to ``problems``. The shells of a
+    daemon's pool are left out but with ``shells``.
     """
     infos = host.ctrl.domain_list()
     if reap(host, names, infos, [] if problems is None else problems):
         infos = host.ctrl.domain_list()
-    return [_join(host, names, info) for info in infos]
+    domains = [_join(host, names, info) for info in infos]
+    return [domain for domain in domains if shells or not domain.is_shell]
 
 
 def find(host: Host, names: Registry, wanted: str) -> Domain:
@@ -109,6 +119,8 @@ def owned(host: Host, names: Registry, wanted: str) -> tuple[Domain, Record]:
         raise StateError(
             f'domain "{wanted}" was not made by chaos', hint="use the toolstack that made it"
         )
+    if domain.is_shell:
+        raise pooled(domain.domid)
     if domain.record.state != registry.RUNNING:
         raise StateError(f'domain "{wanted}" is still being created', hint="try again")
     return domain, domain.record
@@ -182,6 +194,13 @@ def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) ->
         return 1
 
 
+def pooled(domid: int) -> StateError:
+    """The error for a domain that is the pool's."""
+    return StateError(
+        f"domain {domid} is a shell of chaosd's pool", hint="chaos pool drain gives shells back"
+    )
+
+
 def check_free(host: Host, names: Registry, name: str) -> None:
     """Raise StateError if a domain of that name exists; what died with the name is reaped."""
     if names.uuid_of(name) is None:
@@ -199,7 +218,8 @@ def _join(host: Host, names: Registry, info: DomainInfo) -> Domain:
     except StateError:
         record = None  # damaged: reap tells of it
     if record is not None:
-        return Domain(info, record.name, record)
+        name = SHELL_NAME if record.state == registry.SHELL else record.name
+        return Domain(info, name, record)
     return Domain(info, _name_on_bus(host, info.domid) or UNNAMED, None)
 
 

@@ -208,11 +208,19 @@ class Daemon:
                 subject=f'cannot create "{config.name}"',
             )
         except ChaosError:
-            self.pool.put_back(shell)
+            if self._lives(shell):
+                self.pool.put_back(shell)
+            else:  # another toolstack destroyed it
+                self.pool.spawn(self.pool.discard(shell))
             raise
         guest = self._guest(delivery)
         self.loop.call_soon(self._settle, guest, delivery)
         return delivery
+
+    def _lives(self, shell: Shell) -> bool:
+        info = self.host.ctrl.domain_info(shell.domid)
+        wanted = uuid_module.UUID(shell.uuid).bytes
+        return info is not None and info.uuid == wanted and not info.dying
 
     def unpause(self, delivery: Delivery) -> None:
         """Let a guest that was delivered paused run."""

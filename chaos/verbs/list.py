@@ -22,6 +22,9 @@ def configure(parser: ArgumentParser, name: str) -> None:
     parser.add_argument(
         "-l", "--long", "--json", action="store_true", help="everything that is known, as JSON"
     )
+    parser.add_argument(
+        "--shells", action="store_true", help="also the domains that wait in chaosd's pool"
+    )
     parser.add_argument("--names", action="store_true", help="only the names, one a line")
     parser.add_argument(
         "--uuid", action="store_true", help="add a column with the UUID, as xl list -v does"
@@ -35,7 +38,7 @@ def run(call: Invocation) -> int:
         domains = [find(call.host, call.names, wanted) for wanted in args.domains]
     else:
         problems: list[str] = []
-        domains = list_domains(call.host, call.names, problems)
+        domains = list_domains(call.host, call.names, problems, shells=args.shells)
         for problem in problems:
             call.warn(problem)
     if args.long:
