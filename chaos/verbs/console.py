@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chaos.console import Console
+from chaos.consolelog import HISTORY_MAX, ConsoleLog
 from chaos.domains import owned
-from chaos.terminal import attach
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ def configure(parser: ArgumentParser, name: str) -> None:
 
 def run(call: Invocation) -> int:
     """Show what the guest wrote before, then copy both ways until Ctrl-], end of input or death."""
+    from chaos.terminal import attach
+
     _, record = owned(call.host, call.names, call.args.domain)
     if call.names.daemon_runs():
         raise StateError(
@@ -35,8 +37,16 @@ def run(call: Invocation) -> int:
 
 async def serve(call: Invocation) -> int:
     """The same in the daemon, where any number of terminals can be attached at once."""
-    from chaos.daemon import attach
+    from chaos.daemon.attach import attach
+    from chaos.daemon.streams import Outlet
 
     guest = call.daemon.find(call.args.domain)
-    await attach.attach(call, call.daemon.consoles.attach(guest.uuid))
+    hub = call.daemon.consoles
+    if guest.uuid in hub:
+        await attach(call, hub.attach(guest.uuid))
+    else:  # dead, and kept: its history is all there is
+        log = ConsoleLog(f"{call.names.path}/domains/{guest.uuid}")
+        call.stdout.flush()
+        with Outlet(call.stdout.fileno()) as out:
+            await out.write(log.read(HISTORY_MAX))
     return 0

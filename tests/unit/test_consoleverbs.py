@@ -229,9 +229,10 @@ def test_death_ends_it_with_the_last_words(tmp_path: Path) -> None:
         late = Client(lab, logs, "-f")
         assert await late.verb == 0
         assert await read(late.output, b"farewell") == b"one\nfarewell"
-        with pytest.raises(StateError, match="chaos logs"):
-            await Client(lab, console).verb
-        for one in (client, follower, late):
+        kept = Client(lab, console)
+        assert await kept.verb == 0
+        assert await read(kept.output, b"farewell") == b"one\nfarewell"
+        for one in (client, follower, late, kept):
             one.close()
 
     run(tmp_path, story)
