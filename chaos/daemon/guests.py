@@ -250,6 +250,8 @@ class Guests:
         if self.names.uuid_of(guest.name) != guest.uuid:
             record = self.names.read(guest.uuid)
             guest.name = record.name if record is not None else guest.name
+            if self.daemon.consoles is not None:
+                self.daemon.consoles.rename(guest.uuid, guest.name)
         return guest
 
     # Going
@@ -289,6 +291,7 @@ class Guests:
 
     async def _bury(self, guest: Guest, info: DomainInfo) -> None:
         """Do what the configuration wants done with a guest that shut down."""
+        self.daemon.consoles_remove(guest)  # its last words; whoever is attached learns of it
         reason = shutdown_name(info)
         action, warning = afterlife.action_for(guest.config, info)
         words = guest.words()
@@ -320,7 +323,6 @@ class Guests:
         failures = guest.failures + 1 if monotonic() - guest.born < afterlife.YOUNG else 0
         uuid = guest.uuid
         if action == "rename-restart":
-            self.daemon.consoles_remove(guest)
             kept = await self.daemon.in_thread(
                 lambda host, names: afterlife.set_aside(host, names, uuid)
             )
@@ -329,7 +331,9 @@ class Guests:
                 aside = self.names.read(kept)
                 if aside is not None:
                     self._ending.add(kept)
-                    self.adopt(aside)
+                    dead = self.adopt(aside)
+                    if dead is not None:
+                        self.daemon.consoles_remove(dead)
         else:
             await self.end(uuid, "")
             if action == "destroy":
