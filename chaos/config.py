@@ -65,7 +65,10 @@ NOT_YET: tuple[tuple[str, Callable[[DomainConfig], bool], str], ...] = (
     (
         "maxvcpus",
         lambda config: config.maxvcpus > config.vcpus,
-        "vCPUs that are plugged in later are not supported yet",
+        (
+            "maxvcpus above vcpus is not supported yet: a guest learns from a store which vCPUs to"
+            ' leave offline, and has none (Linux: vcpus = maxvcpus and extra = "maxcpus=N")'
+        ),
     ),
 )
 

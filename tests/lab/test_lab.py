@@ -157,7 +157,6 @@ def cpu_seconds(names: list[str]) -> list[float]:
     return [domain["cpu_seconds"] for domain in domains if domain["name"] in names]
 
 
-@pytest.mark.anyhost
 def test_registers_survive_busy_guests(busy_guests: list[str], tmp_path: Path) -> None:
     """Dom0 and two guests share the processors' vector registers: none may see another's.
 
