@@ -77,9 +77,12 @@ def delay(text: str) -> float:
 
 def run(call: Invocation) -> int:
     """Show it live on a terminal, else as plain text or JSON. Being told to end is no failure."""
-    if not call.args.json and call.stdout.isatty():
-        return _live(call)
-    return _plain(call)
+    try:
+        if not call.args.json and call.stdout.isatty():
+            return _live(call)
+        return _plain(call)
+    except KeyboardInterrupt:
+        return 0
 
 
 def _plain(call: Invocation) -> int:
@@ -233,10 +236,7 @@ def _keys(stdin: int) -> Iterator[int]:
 
 def _key(stdin: int, cancel: int, timeout: float) -> bytes | None:
     """The next key; b"" when there was none for ``timeout`` seconds, None when it is to end."""
-    try:
-        ready = select.select([fd for fd in (stdin, cancel) if fd >= 0], [], [], max(0, timeout))[0]
-    except KeyboardInterrupt:
-        return None
+    ready = select.select([fd for fd in (stdin, cancel) if fd >= 0], [], [], max(0, timeout))[0]
     if cancel in ready:
         return None
     if not ready:

@@ -6,14 +6,16 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import end, wait_for
 
+from chaos import frames
 from noxs import hotplug
 
 if TYPE_CHECKING:
@@ -185,6 +187,37 @@ def test_chaosd_comes_and_goes_and_100_guests_run_on(how: str, guest: str) -> No
         names = [f"many-{n}" for n in range(1, 101)]
         run("chaos", "destroy", *names, status=None)
     assert list(guests().values()) == [guest]
+
+
+@pytest.mark.skipif("chaosd" not in DAEMONS, reason="chaosd is not installed")
+def test_the_daemon_shuts_down_guests_whose_channels_it_holds() -> None:
+    for name in ("one", "two"):
+        settings = [f'name="{name}"', 'kernel="/src/guests/build/hello.elf"']
+        wanted = {"path": "/src/examples/hello.cfg", "overrides": settings, "wait_ready": 60}
+        assert ask_chaosd("create", wanted)["ready_ms"]
+    try:
+        told = ask_chaosd("shutdown", {"domains": ["one", "two"], "wait": True, "timeout": 60})
+        assert [(one["name"], one["answered"], one["dead"]) for one in told] == [
+            ("one", True, True),
+            ("two", True, True),
+        ]
+        wait_for(lambda: not {"one", "two"} & guests().keys(), "on_poweroff is not obeyed")
+    finally:
+        run("chaos", "destroy", "one", "two", status=None)
+
+
+def ask_chaosd(method: str, params: dict[str, Any]) -> Any:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(120)
+        sock.connect("/run/chaos/chaosd.sock")
+        sock.sendall(frames.pack_request(1, method, params))
+        splitter = frames.Splitter()
+        while True:
+            for body in splitter.feed(sock.recv(1 << 16)):
+                reply = frames.read_reply(body)
+                assert reply.kind in {frames.OK, frames.PROGRESS}, reply
+                if reply.kind == frames.OK:
+                    return reply.value
 
 
 def guests() -> dict[str, str]:
