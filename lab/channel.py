@@ -192,7 +192,10 @@ class Session:
                     self._check()
                     now = time.monotonic()
                     if now - self._heard > request.hang:
-                        raise Crash(f"Dom0 hangs: silent for {request.hang:g} s", self._log.tail())
+                        raise Crash(
+                            f"Dom0 hangs: silent for {request.hang:g} s",
+                            self._log.interrogation(self._machine.serial_socket),
+                        )
                     if deadline and now > deadline:
                         raise TimedOut(
                             f"time-out: the command still ran after {request.timeout:g} s",

@@ -1,6 +1,8 @@
 """The serial log: Xen's and Dom0's console, and what a crash looks like in it."""
 
+import contextlib
 import re
+import socket
 import time
 from pathlib import Path
 
@@ -18,6 +20,22 @@ _SIGNS = (
 
 SETTLE_SECONDS = 2.0
 TAIL_LINES = 40
+
+TO_XEN = b"\x01" * 3
+"""Ctrl-A three times: what is typed on the serial line goes to Xen, not to Dom0."""
+
+QUESTIONS = {
+    "0": "registers of Dom0",
+    "r": "run queues",
+    "a": "timers",
+    "i": "interrupts",
+    "z": "IO-APIC",
+    "e": "event channels",
+}
+"""Xen's debug keys for a Dom0 that does nothing any more."""
+
+ANSWER_SECONDS = 15.0
+ANSWER_BYTES = 48 << 10
 
 
 def crash_in(line: bytes) -> str:
@@ -56,12 +74,34 @@ class SerialLog:
         *lines, self._rest = (self._rest + data).split(b"\n")
         return next((sign for line in lines if (sign := crash_in(line.strip(b"\r")))), "")
 
-    def tail(self) -> str:
-        """Return the last lines, once the dying machine has no more to say (or after 2 s)."""
-        deadline = time.monotonic() + SETTLE_SECONDS
+    def interrogation(self, line: Path) -> str:
+        """Return the tail, and what Xen says of a hanging Dom0; ``line`` is the serial socket."""
+        before = self.tail()
+        start = self._size()
+        with socket.socket(socket.AF_UNIX) as xen:
+            xen.settimeout(ANSWER_SECONDS)
+            with contextlib.suppress(OSError):
+                xen.connect(str(line))
+                xen.sendall(TO_XEN + "".join(QUESTIONS).encode())
+                self._settle(ANSWER_SECONDS)
+        with contextlib.suppress(OSError), self._path.open("rb") as log:
+            log.seek(start)
+            answer = log.read(ANSWER_BYTES).decode(errors="replace").replace("\r", "")
+            return (
+                f"{before}\n--- asked for {', '.join(QUESTIONS.values())}, Xen says ---\n{answer}"
+            )
+        return before
+
+    def _settle(self, limit: float) -> None:
+        """Wait until the log has not grown for a moment, or ``limit`` seconds."""
+        deadline = time.monotonic() + limit
         size = -1
         while size != (size := self._size()) and time.monotonic() < deadline:
-            time.sleep(0.3)
+            time.sleep(0.5)
+
+    def tail(self) -> str:
+        """Return the last lines, once the dying machine has no more to say (or after 2 s)."""
+        self._settle(SETTLE_SECONDS)
         try:
             text = self._path.read_bytes().decode(errors="replace").replace("\r", "")
         except OSError:

@@ -403,6 +403,8 @@ class Port:
             if self._session is session:
                 if not self._out:
                     self.send(encode(Kind.BEAT))
+                # Should the port's interrupt have got lost, with both edges that it carries.
+                self._event(select.EPOLLOUT)
                 self._loop.later(BEAT_SECONDS, beat)
 
         self._loop.later(BEAT_SECONDS, beat)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -85,6 +87,33 @@ def test_a_log_is_followed_line_by_line(tmp_path: Path) -> None:
             file.flush()
             assert log.crash() == sign
     assert log.tail().splitlines()[-1] == "(XEN) more"
+
+
+def test_xen_is_asked_about_a_dom0_that_hangs(tmp_path: Path) -> None:
+    path, line = tmp_path / "serial.log", tmp_path / "serial"
+    path.write_text("(XEN) fine\r\n")
+    typed = b""
+
+    def xen() -> None:
+        nonlocal typed
+        connection, _ = server.accept()
+        with connection:
+            typed = connection.recv(100)
+            with path.open("a") as log:
+                log.write("(XEN) 'i' pressed -> dumping interrupt information\r\n")
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(line))
+        server.listen()
+        thread = threading.Thread(target=xen)
+        thread.start()
+        said = serial.SerialLog(path).interrogation(line)
+        thread.join()
+    assert typed == b"\x01\x01\x010raize"
+    assert said.startswith("(XEN) fine\n---")
+    assert said.endswith("dumping interrupt information\n")
+    # QEMU is gone: what there is.
+    assert "(XEN) fine" in serial.SerialLog(path).interrogation(line)
 
 
 @pytest.fixture
