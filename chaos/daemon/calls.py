@@ -73,6 +73,9 @@ class Calls:
             if cancel is not None:
                 cancel(_take(params, "signal", int))
             return None
+        if method == "cancel":
+            connection.cancel(_take(params, "id", int))
+            return _done()
         if method == "console.write":
             return self._console_write(connection, params)
         if method in SIMPLE:
@@ -291,6 +294,10 @@ class Calls:
         self, _connection: Connection, _ident: int, params: dict[str, Any]
     ) -> None:
         await self.daemon.pool.remove(_take(params, "name", str))
+
+
+async def _done() -> None:
+    """What has been done already."""
 
 
 _NOTHING = object()

@@ -118,6 +118,13 @@ class Connection:
         if work is not None:
             self.running[ident] = self._loop.create_task(self._run(ident, work))
 
+    def cancel(self, ident: int) -> None:
+        """End a request, whose reply says so; one that is answered already is fine."""
+        if ident in self.cancels:
+            self.cancels[ident](None)
+        elif ident in self.running:
+            self.running[ident].cancel()
+
     def _drop_fds(self) -> None:
         for fd in self.fds:
             os.close(fd)

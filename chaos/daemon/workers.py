@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a maker that died is replaced, by how many died in a row."""
+MAKER = (sys.executable, "-P", "-m", "chaos.daemon.maker")
 PATIENCE = 120.0
 """Seconds for one request, after which a maker counts as hung."""
 
@@ -64,10 +65,7 @@ class Worker:
         # handles, which nobody who reads other people's images shall inherit.
         with theirs:
             self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "chaos.daemon.maker"),
-                    *(str(os.getpid()), run_dir, str(theirs.fileno())),
-                ],
+                [*MAKER, str(os.getpid()), run_dir, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),

@@ -1,0 +1,126 @@
+"""A chaosd of a test's own: started with the settings that it wants, and with what it breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chaos.client import Chaos
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PATIENCE = 120.0
+SETTINGS = Path("/run/chaos-test.toml")
+LOG = Path("/run/chaosd.log")
+GUESTS = "/src/guests/build"
+BROKEN = """
+import os, signal, sys
+from chaos.daemon import shell, maker, main
+
+def kill(context):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def broken(steps, victim, late):
+    return tuple(
+        step._replace(do=(lambda c, do=step.do: (do(c), kill(c))) if late else kill)
+        if step.name == victim else step
+        for step in steps
+    )
+"""
+
+
+class Chaosd:
+    """The daemon's process. ``code`` is Python that runs in it before it starts."""
+
+    def __init__(self, settings: str = "", code: str = "") -> None:
+        SETTINGS.write_text(settings)
+        self.code = code
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it serves."""
+        notify = Path("/run/chaosd-test-notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            notify.unlink(missing_ok=True)
+            manager.bind(str(notify))
+            manager.settimeout(PATIENCE)
+            environment = {**os.environ, "NOTIFY_SOCKET": str(notify)}
+            command = ["chaosd"]
+            if self.code:
+                run = "import sys\nfrom chaos.daemon.main import main\nsys.exit(main())"
+                command = [sys.executable, "-P", "-c", f"{BROKEN}\n{self.code}\n{run}"]
+            with LOG.open("ab") as log:
+                self.process = subprocess.Popen(
+                    [*command, "--config", str(SETTINGS)], stderr=log, env=environment
+                )
+            assert manager.recv(100) == b"READY=1", LOG.read_text()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        """End it without a warning."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End it as a service manager does."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            assert self.process.wait(PATIENCE) == 0, LOG.read_text()
+
+    def makers(self) -> list[int]:
+        """The processes that make its shells."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [
+            int(pid)
+            for pid in children
+            if b"chaos.daemon.maker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+
+
+@contextlib.contextmanager
+def running(settings: str = "", code: str = "") -> Iterator[Chaosd]:
+    """A daemon for the length of a block; its guests are destroyed at the end."""
+    daemon = Chaosd(settings, code)
+    try:
+        yield daemon
+    finally:
+        if daemon.process.poll() is None:
+            with Chaos() as chaos:
+                chaos.call("destroy", all=True)
+            daemon.stop()
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait until a condition holds that no event tells of; its value."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what
+        os.sched_yield()
+    return value
+
+
+def filled(chaos: Chaos, name: str | None = None) -> list[dict[str, Any]]:
+    """Wait until the pool is full; its flavours."""
+    flavours = chaos.call("pool.list")
+
+    def full() -> bool:
+        wanted = [f for f in flavours if name in {None, f["name"]}]
+        return all(f["ready"] >= f["size"] for f in wanted)
+
+    deadline = time.monotonic() + PATIENCE
+    while not full():
+        assert time.monotonic() < deadline, flavours
+        time.sleep(0.02)
+        flavours = chaos.call("pool.list")
+    return flavours
