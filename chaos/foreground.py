@@ -23,6 +23,7 @@ from chaos.create import CREATE_STEPS, Creation
 from chaos.destroy import destroy
 from chaos.domains import find, shutdown_name
 from chaos.signals import held
+from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
     from chaos.builder import Builder
@@ -35,6 +36,12 @@ def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
     """Wait for the domain's end, again and again while it restarts. Ctrl-C destroys it."""
     failures = 0
     uuid = str(creation.uuid)
+    if call.names.daemon_runs():
+        destroy(call.host, call.names, find(call.host, call.names, uuid))
+        raise StateError(
+            "chaosd obeys on_poweroff and the like on this host, and two cannot",
+            hint="leave --no-daemon out, or -F",
+        )
     try:
         while True:
             born = time.monotonic()

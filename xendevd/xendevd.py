@@ -20,9 +20,9 @@ from _signal import SIGINT, SIGTERM, set_wakeup_fd, signal  # type: ignore[impor
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, NoReturn
 
+from noxs import privileges
 from noxs.bus import Bus
 from noxs.hotplug import LOCK, BusError, ChaosError
-from xendevd import privileges
 from xendevd.monitor import Monitor, present
 from xendevd.netlink import Rtnetlink
 from xendevd.openvswitch import OpenVSwitch

@@ -217,7 +217,6 @@ class Calls:
         name = _take(params, "name", str)
         args = ["--", guest.uuid, name]
         await self._captured("rename", args)
-        guest.name = name
         return {"name": name, "domid": guest.domid, "uuid": guest.uuid}
 
     async def _events(self, connection: Connection, ident: int, params: dict[str, Any]) -> None:

@@ -169,12 +169,12 @@ class Daemon:
         shell = self._from_pool(wanted, peer)
         if shell is None:
             shell = await self._made(wanted, peer)
-        return self._deliver(shell, wanted, paused=paused)
+        return self._deliver(shell, wanted, peer, paused=paused)
 
     def create_now(self, wanted: Wanted, peer: Peer, *, paused: bool = False) -> Delivery | None:
         """The same from a warm shell; None if there is none. ChaosError."""
         shell = self._from_pool(wanted, peer)
-        return None if shell is None else self._deliver(shell, wanted, paused=paused)
+        return None if shell is None else self._deliver(shell, wanted, peer, paused=paused)
 
     def _from_pool(self, wanted: Wanted, peer: Peer) -> Shell | None:
         return self.pool.take(wanted.shape, wanted.key(peer), wanted.pages)
@@ -196,9 +196,9 @@ class Daemon:
             for each in opened:
                 each.close()
 
-    def _deliver(self, shell: Shell, wanted: Wanted, *, paused: bool) -> Delivery:
+    def _deliver(self, shell: Shell, wanted: Wanted, peer: Peer, *, paused: bool) -> Delivery:
         config = wanted.config
-        delivery = Delivery(shell, config, wanted.json, self._dom0_macs, paused)
+        delivery = Delivery(shell, config, wanted.json, peer, self._dom0_macs, paused)
         try:
             self._check(shell, wanted)
             perform(
@@ -249,7 +249,12 @@ class Daemon:
     def _settle(self, guest: Guest, delivery: Delivery) -> None:
         """What can wait until the reply is out."""
         self.emit(
-            "created", name=guest.name, domid=guest.domid, uuid=guest.uuid, paused=delivery.paused
+            "created",
+            name=guest.name,
+            domid=guest.domid,
+            uuid=guest.uuid,
+            paused=delivery.paused,
+            by={"uid": delivery.peer.uid, "pid": delivery.peer.pid},
         )
         self.consoles_add(guest)
         if delivery.config.vifs:
@@ -337,6 +342,18 @@ class Daemon:
                 names.entry(guest.uuid).write(record)
 
         self.spawn(self.in_thread(work))
+
+    def renamed(self, uuid: str, name: str) -> None:
+        """A guest has another name; for any thread."""
+        self.loop.call_soon_threadsafe(self._renamed, uuid, name)
+
+    def _renamed(self, uuid: str, name: str) -> None:
+        guest = self.guests.by_uuid.get(uuid)
+        if guest is not None:
+            self.emit("renamed", name=name, before=guest.name, domid=guest.domid, uuid=uuid)
+            guest.name = name
+            if self.consoles is not None:
+                self.consoles.rename(uuid, name)
 
     # Consoles
 

@@ -8,7 +8,6 @@ import gc
 import os
 import signal
 import sys
-from socket import AF_UNIX, SOCK_DGRAM, socket
 
 from chaos import __version__
 from chaos.daemon import settings as settings_module
@@ -16,10 +15,23 @@ from chaos.daemon.calls import Calls
 from chaos.daemon.core import Daemon
 from chaos.daemon.server import SOCKET, Server, listen
 from chaos.registry import Registry
+from noxs import privileges
 from xenctypes.errors import ChaosError
 
 DESCRIPTORS = 1 << 20
 DIRECTORY_MODE = 0o711
+CAPABILITIES = (
+    privileges.CAP_CHOWN,  # of the socket
+    privileges.CAP_FOWNER,
+    privileges.CAP_DAC_READ_SEARCH,  # images and configurations that root names, wherever they are
+    privileges.CAP_SETUID,  # to open those of others with their own rights
+    privileges.CAP_SETGID,
+    privileges.CAP_KILL,  # makers
+    privileges.CAP_SYS_NICE,
+    privileges.CAP_SYS_RESOURCE,
+    privileges.CAP_IPC_LOCK,  # hypercall buffers
+)
+"""What the daemon keeps; the hypervisor's devices are root's by ownership."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +75,8 @@ def _settings(path: str | None) -> settings_module.Settings:
 
 async def _serve(path: str, settings: settings_module.Settings) -> int:
     _raise_limits()
+    if os.geteuid() == 0:
+        privileges.keep_only(*CAPABILITIES)  # before there are threads: each has its own
     os.umask(0o077)
     names = Registry()
     daemon = Daemon(settings, names)
@@ -73,14 +87,14 @@ async def _serve(path: str, settings: settings_module.Settings) -> int:
     try:
         daemon.start()
         os.chmod(names.path, DIRECTORY_MODE)  # for the socket; what is in it stays closed
-        server = Server(daemon, Calls(daemon), listen(path, settings.group))
+        server = Server(daemon, Calls(daemon), *listen(path, settings.group))
         # What is there now stays: a collection would walk through it all for nothing.
         gc.collect()
         gc.freeze()
-        _notify("READY=1")
+        privileges.notify("READY=1")
         daemon.log(f"serving {len(daemon.guests.by_uuid)} guests on {path}")
         await stop.wait()
-        _notify("STOPPING=1")
+        privileges.notify("STOPPING=1")
         server.close()
     finally:
         await daemon.close()
@@ -95,14 +109,6 @@ def _raise_limits() -> None:
     wanted = min(DESCRIPTORS, hard)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _notify(state: str) -> None:
-    """Tell systemd, if it asked (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket(AF_UNIX, SOCK_DGRAM) as manager:
-            manager.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
 if __name__ == "__main__":

@@ -225,10 +225,11 @@ class Connection:
 class Server:
     """The listening socket and its connections."""
 
-    def __init__(self, daemon: Daemon, calls: Calls, listener: socket.socket) -> None:
+    def __init__(self, daemon: Daemon, calls: Calls, listener: socket.socket, gid: int) -> None:
         self.daemon = daemon
         self.calls = calls
         self.listener = listener
+        self.gid = gid
         self.connections: set[Connection] = set()
         listener.setblocking(False)
         self._loop = asyncio.get_running_loop()
@@ -243,6 +244,11 @@ class Server:
             self.daemon.log(f"accept: {error.strerror}")
             return
         sock.setblocking(False)
+        peer = peer_of(sock)
+        if not self._admitted(peer):
+            self.daemon.log(f"process {peer.pid} of user {peer.uid} refused")
+            sock.close()
+            return
         if len(self.connections) >= self.daemon.settings.clients:
             full = ProtocolError(
                 f"more than {self.daemon.settings.clients} clients are connected", hint="try again"
@@ -251,7 +257,11 @@ class Server:
                 sock.send(frames.pack_reply(0, frames.ERROR, _described(full)))
             sock.close()
             return
-        self.connections.add(Connection(self, sock, peer_of(sock)))
+        self.connections.add(Connection(self, sock, peer))
+
+    def _admitted(self, peer: Peer) -> bool:
+        """Root, and the members of the group; whatever the mode of the socket says by now."""
+        return peer.uid in {0, os.geteuid()} or self.gid in (peer.gid, *peer.groups)
 
     def close(self) -> None:
         """Stop listening and drop every client."""
@@ -274,8 +284,8 @@ def _described(error: Exception) -> dict[str, Any]:
     return {"class": "ChaosError", "message": message or str(error), "hint": "", "exit_code": 1}
 
 
-def listen(path: str, group: str) -> socket.socket:
-    """The listening socket, mode 0660, of root and the group. BusError, OSError."""
+def listen(path: str, group: str) -> tuple[socket.socket, int]:
+    """The listening socket, mode 0660, of root and the group, whose gid it is. BusError, OSError."""
     import grp
 
     try:
@@ -296,4 +306,4 @@ def listen(path: str, group: str) -> socket.socket:
     os.chmod(temporary, 0o660)
     listener.listen(512)
     os.rename(temporary, path)
-    return listener
+    return listener, gid

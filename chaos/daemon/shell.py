@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
 
     from chaos.daemon.flavour import Flavour
+    from chaos.daemon.rights import Peer
     from chaos.daemon.workers import Worker
     from chaos.domconfig import DomainConfig
     from chaos.host import Host
@@ -114,13 +115,14 @@ class Shell:
 class Delivery:
     """A shell on its way to become the guest that ``config`` asks for.
 
-    ``config_json`` is the configuration as the record keeps it; ``taken`` are MAC addresses that
-    Dom0 has itself. ``ended_ns`` is when the guest was let go.
+    ``config_json`` is the configuration as the record keeps it; ``peer`` who asked, ``taken``
+    are MAC addresses that Dom0 has itself. ``ended_ns`` is when the guest was let go.
     """
 
     shell: Shell
     config: DomainConfig
     config_json: str
+    peer: Peer
     taken: Container[str] = frozenset()
     paused: bool = False
     created: float = field(default_factory=time.time)

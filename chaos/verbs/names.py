@@ -47,4 +47,6 @@ def _rename(call: Invocation) -> int:
             raise StateError(f'domain "{domain.name}" is gone')
         if record.name != name:
             call.names.rename(entry, record, name)
+            if call.daemon is not None:
+                call.daemon.renamed(domain.uuid, name)
     return 0

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from noxsd_process import Noxsd
 
-from noxs import hotplug
+from noxs import hotplug, privileges
 from noxs.bus import Bus
-from xendevd import privileges, xl
+from xendevd import xl
 
 PATH = "backend/vif/1/0"
 STATUS, ERROR = f"{PATH}/{hotplug.STATUS}", f"{PATH}/{hotplug.ERROR_TEXT}"

@@ -5,14 +5,16 @@ import os
 import socket
 from errno import EINVAL
 
-CAP_NET_ADMIN = 12  # linux/capability.h
+# linux/capability.h
+CAP_CHOWN, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_KILL, CAP_SETGID, CAP_SETUID = 0, 2, 3, 5, 6, 7
+CAP_NET_ADMIN, CAP_IPC_LOCK, CAP_SYS_NICE, CAP_SYS_RESOURCE = 12, 14, 23, 24
 CAPABILITY_VERSION_3 = 0x20080522
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 24, 38, 47  # linux/prctl.h
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 
-def keep_only(capability: int = CAP_NET_ADMIN) -> None:
-    """Give up all capabilities but one, for this process and anything it could execute.
+def keep_only(*capabilities: int) -> None:
+    """Give up all capabilities but some, for this thread and anything that it could execute.
 
     The user stays root: files and sockets of root's remain open to it by ownership,
     those of others do not. Raises OSError.
@@ -31,12 +33,13 @@ def keep_only(capability: int = CAP_NET_ADMIN) -> None:
     call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     for other in range(64):
         # EINVAL: the kernel knows no more capabilities.
-        if other != capability and not call(
+        if other not in capabilities and not call(
             "prctl", PR_CAPBSET_DROP, other, 0, 0, 0, unless=EINVAL
         ):
             break
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
-    low, high = (1 << capability) & 0xFFFFFFFF, (1 << capability) >> 32
+    kept = sum(1 << capability for capability in capabilities)
+    low, high = kept & 0xFFFFFFFF, kept >> 32
     # struct __user_cap_data_struct[2]: effective, permitted, inheritable
     data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
     call("capset", ctypes.byref(header), ctypes.byref(data))

@@ -1,0 +1,46 @@
+"""What the benchmarks share: clocks, summaries, spawning."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def clock(action: Callable[[], object]) -> float:
+    """Milliseconds that it takes."""
+    start = perf_counter_ns()
+    action()
+    return (perf_counter_ns() - start) / 1e6
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Count, median, p99 and minimum of milliseconds."""
+    ordered = sorted(samples)
+    return {
+        "count": len(ordered),
+        "median_ms": round(statistics.median(ordered), 3),
+        "p99_ms": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))], 3),
+        "min_ms": round(ordered[0], 3),
+    }
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Of the medians."""
+    return round(statistics.median(over) / statistics.median(under), 4)
+
+
+def spawn(*argv: str) -> None:
+    """Run a command to its end; SystemExit if it fails."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, null, 1)]
+        pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions)
+    finally:
+        os.close(null)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit(f"failed: {' '.join(argv)}")

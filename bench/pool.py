@@ -1,0 +1,215 @@
+"""Creates from chaosd's pool against posix_spawn and xl, interleaved in one boot.
+
+Run it in Dom0, with --xenstored for the rows of xl::
+
+    scripts/lab run --xenstored -- python3 bench/pool.py --count 30
+
+Prints JSON: milliseconds (median, p99) and ratios. It starts the daemons that do not run. The rows:
+
+- ``warm``       a request to chaosd's socket, one vif, until the reply
+- ``ready``      the same until the guest's ready event was seen by the caller
+- ``busy``       as ``warm``, while the pool is refilled
+- ``command``    the whole `chaos create` command, one vif, from the pool
+- ``generic``    a shell without an image, no vif, until the reply
+- ``cold``       no shell at all, no vif, until the reply
+- ``spawn``      posix_spawn of /bin/true and the wait for it
+- ``true``       the same as a shell would run it (the peer of ``command``)
+- ``xl``         the whole `xl create` command, no vif
+- ``xl_vif``     the same with one vif
+- ``refill``     one shell with a vif, made in the background
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from figures import clock, ratio, spawn, summary
+
+from chaos.client import Chaos
+from noxs import hotplug
+from noxs.bus import Bus
+from xenctypes.errors import BusError, ChaosError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TREE = Path(__file__).resolve().parent.parent
+SETTINGS = f"""
+[pool]
+adaptive = false
+
+[[flavour]]
+name = "daytime"
+memory = 4
+vif = ["bridge=xenbr0"]
+kernel = "{TREE}/guests/build/daytime.elf"
+size = 8
+
+[[flavour]]
+name = "generic"
+memory = 5
+size = 2
+"""
+PATIENCE = 120.0
+
+
+def wait(condition: Callable[[], object], what: str) -> None:
+    """Wait for what no event tells of."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(what)
+        time.sleep(0.01)
+
+
+def start_daemons() -> None:
+    """Noxsd where no xenstored runs, xendevd, chaosd."""
+    try:
+        Bus.connect(patience=0.1).close()
+    except BusError:
+        subprocess.Popen(["noxsd"])
+        wait(lambda: Path("/run/noxs/socket").exists(), "noxsd does not start")
+    if not hotplug.running():
+        subprocess.Popen(["xendevd"])
+        wait(hotplug.running, "xendevd does not start")
+
+
+def connect() -> Chaos:
+    """A client, once the daemon answers."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return Chaos()
+        except ChaosError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+class Bench:
+    """The rows, and what makes them."""
+
+    def __init__(self, chaos: Chaos, daytime: str, hello: str) -> None:
+        self.chaos = chaos
+        self.daytime = daytime
+        self.hello = hello
+        self.rows: dict[str, list[float]] = {}
+        self.number = 0
+
+    def add(self, row: str, action: Callable[[], object]) -> None:
+        """Take one sample."""
+        self.rows.setdefault(row, []).append(clock(action))
+
+    def filled(self) -> None:
+        """Wait until the pool is full and the makers rest."""
+
+        def full() -> bool:
+            flavours = self.chaos.call("pool.list")
+            return all(f["ready"] == f["size"] and not f["making"] for f in flavours)
+
+        wait(full, "the pool is not filled")
+
+    def create(self, path: str, *overrides: str, wait_ready: float = 0) -> None:
+        """One guest, of a name of its own."""
+        self.number += 1
+        self.chaos.create(path, overrides, name=f"b{self.number}", wait_ready=wait_ready)
+
+    def end(self) -> None:
+        """Destroy what was made."""
+        self.chaos.call("destroy", all=True)
+
+    def sample(self, *, with_xl: bool) -> None:
+        """One sample of each row."""
+        for row, seconds in (("warm", 0), ("ready", 30)):
+            self.filled()
+            self.add(row, partial(self.create, self.daytime, wait_ready=seconds))
+            self.end()
+        self.chaos.call("pool.drain", name="daytime")
+        wait(lambda: self.chaos.call("pool.list")[0]["ready"], "no shell comes")
+        self.add("busy", lambda: self.create(self.daytime))
+        self.end()
+        self.filled()
+        self.add("command", lambda: spawn("chaos", "create", self.daytime))
+        self.end()
+        self.filled()
+        self.add("generic", lambda: self.create(self.hello, "memory=5"))
+        self.end()
+        self.filled()
+        self.add("cold", lambda: self.create(self.hello, "memory=6"))
+        self.end()
+        self.filled()
+        self.add("spawn", lambda: spawn("/bin/true"))
+        self.add("true", lambda: subprocess.run(["/bin/true"], check=True))
+        if with_xl:
+            for row, path in (("xl", self.hello), ("xl_vif", self.daytime)):
+                self.add(row, partial(spawn, "xl", "create", "-q", path))
+                spawn("xl", "destroy", Path(path).stem)
+
+    def refill(self) -> None:
+        """How long a whole refill takes, per shell."""
+        self.filled()
+        size = 8
+        self.chaos.call("pool.drain", name="daytime")
+        start = time.perf_counter()
+        self.filled()
+        self.rows["refill"] = [(time.perf_counter() - start) * 1e3 / size]
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=20, help="samples of each row")
+    args = parser.parse_args()
+    with_xl = subprocess.run(["xl", "info"], capture_output=True, check=False).returncode == 0
+    os.chdir(TREE)
+    start_daemons()
+    settings = Path("/run/bench-pool.toml")
+    settings.write_text(SETTINGS)
+    daemon = subprocess.Popen(["chaosd", "--config", str(settings)])
+    try:
+        with connect() as chaos:
+            bench = Bench(chaos, "examples/daytime.cfg", "examples/hello.cfg")
+            # Paths in a configuration start where the command runs; the API's, at its file.
+            kernels = {}
+            for name in ("daytime", "hello"):
+                text = Path(f"examples/{name}.cfg").read_text()
+                kernels[name] = Path(f"/run/{name}.cfg")
+                kernels[name].write_text(text.replace('"guests/', f'"{TREE}/guests/'))
+            bench.daytime, bench.hello = str(kernels["daytime"]), str(kernels["hello"])
+            for _ in range(args.count):
+                bench.sample(with_xl=with_xl)
+                sys.stderr.write(".")
+                sys.stderr.flush()
+            bench.refill()
+            bench.end()
+    finally:
+        daemon.terminate()
+        daemon.wait()
+    rows = bench.rows
+    result: dict[str, object] = {name: summary(row) for name, row in rows.items()}
+    spawned = rows["spawn"]
+    ratios = {
+        f"{row}_over_spawn": ratio(rows[row], spawned) for row in ("warm", "ready", "generic")
+    }
+    ratios["command_over_true"] = ratio(rows["command"], spawned)
+    ratios["busy_over_warm"] = ratio(rows["busy"], rows["warm"])
+    if with_xl:
+        ratios["xl_over_cold"] = ratio(rows["xl"], rows["cold"])
+        ratios["xl_vif_over_command"] = ratio(rows["xl_vif"], rows["command"])
+        ratios["shells_per_xl"] = ratio(rows["xl_vif"], rows["refill"])
+    result["ratios"] = ratios
+    json.dump(result, sys.stdout, indent=2)
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
