@@ -311,6 +311,8 @@ class Daemon:
             if guest is None or self._is_dead(guest):
                 return "dead"
             if not dead and guest.ready:
+                if guest.unpaused_ns:  # its event may still wait to be taken
+                    self.guests.heard(guest, perf_counter_ns())
                 return "ready"
             waiter = self.loop.create_future()
             guest.waiters = [*(guest.waiters or ()), waiter]

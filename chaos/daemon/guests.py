@@ -142,9 +142,10 @@ class Guests:
                 continue
             guest = self.by_port.get(port)
             if guest is not None:
-                self._heard(guest, now)
+                self.heard(guest, now)
 
-    def _heard(self, guest: Guest, now: int) -> None:
+    def heard(self, guest: Guest, now: int) -> None:
+        """Take a guest's word that it is ready, if it has said so; ``now`` in ns."""
         if guest.ready_ms is None and guest.ready:
             if guest.unpaused_ns:
                 guest.ready_ms = (now - guest.unpaused_ns) / 1e6

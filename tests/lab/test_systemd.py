@@ -128,7 +128,7 @@ def test_a_daemon_that_is_killed_comes_back(name: str, guest: str) -> None:
     create_with_a_vif()
 
 
-@pytest.mark.parametrize("name", DAEMONS)
+@pytest.mark.parametrize("name", ["noxsd", "xendevd"])
 def test_a_restart_disturbs_nobody(name: str, guest: str) -> None:
     others = {other: pid(other) for other in DAEMONS if other != name}
     before = pid(name)
@@ -161,28 +161,27 @@ def test_stopped_and_started_again(guest: str) -> None:
 
 
 @pytest.mark.skipif("chaosd" not in DAEMONS, reason="chaosd is not installed")
-@pytest.mark.parametrize("how", ["restart", "kill"])
-def test_chaosd_comes_and_goes_and_100_guests_run_on(how: str, guest: str) -> None:
-    many = ["create", "-q", "--count", "100", "examples/hello.cfg", 'name="many-{n}"']
-    run("chaos", *many)
+def test_chaosd_comes_and_goes_and_100_guests_run_on(guest: str) -> None:
+    run("chaos", "create", "-q", "--count", "100", "examples/hello.cfg", 'name="many-{n}"')
     try:
         before = guests()
         assert len(before) == 101
-        old = pid("chaosd")
-        with subprocess.Popen(
-            ["ping", "-c", "100", "-i", "0.2", "-W", "5", ADDRESS],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as pinging:
-            if how == "restart":
-                run("systemctl", "restart", "chaosd")
-            else:
-                end(old, signal.SIGKILL)
-            wait_for(lambda: active("chaosd", old), "chaosd does not come back")
-            assert pinging.stdout is not None
-            told = pinging.stdout.read()
-        assert " 0% packet loss" in told, told
-        assert guests() == before
+        for how in ("restart", "kill"):
+            old = pid("chaosd")
+            with subprocess.Popen(
+                ["ping", "-c", "60", "-i", "0.2", "-W", "5", ADDRESS],
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as pinging:
+                if how == "restart":
+                    run("systemctl", "restart", "chaosd")
+                else:
+                    end(old, signal.SIGKILL)
+                wait_for(lambda old=old: active("chaosd", old), "chaosd does not come back")  # type: ignore[misc]
+                assert pinging.stdout is not None
+                told = pinging.stdout.read()
+            assert " 0% packet loss" in told, told
+            assert guests() == before
     finally:
         names = [f"many-{n}" for n in range(1, 101)]
         run("chaos", "destroy", *names, status=None)
