@@ -285,7 +285,7 @@ def _described(error: Exception) -> dict[str, Any]:
 
 
 def listen(path: str, group: str) -> tuple[socket.socket, int]:
-    """The listening socket, mode 0660, of root and the group, whose gid it is. BusError, OSError."""
+    """The listening socket, mode 0660, and the gid that may use it. BusError, OSError."""
     import grp
 
     try:
