@@ -268,7 +268,10 @@ class Daemon:
             if guest.uuid in self.guests.by_uuid:
                 vif.update(host.bus, pairs)
 
-        await self.in_thread(work)
+        try:
+            await self.in_thread(work)
+        except ChaosError as error:
+            self.log(f"{guest.name}: the bus was not told its name: {error}")
 
     async def create_again(self, config: DomainConfig, uuid: bytes) -> Guest:
         """The successor of a guest that died. ChaosError."""
@@ -338,10 +341,12 @@ class Daemon:
         """Keep in the record when the guest was ready."""
 
         def work(_host: Host, names: Registry) -> None:
-            record = names.read(guest.uuid)
-            if record is not None:
-                record.ready_ms = guest.ready_ms
-                names.entry(guest.uuid).write(record)
+            with contextlib.suppress(StateError), names.entry(guest.uuid) as entry:
+                entry.lock(wait=True)  # a rename may be under way, or its end
+                record = names.read(guest.uuid)
+                if record is not None:
+                    record.ready_ms = guest.ready_ms
+                    entry.write(record)
 
         self.spawn(self.in_thread(work))
 

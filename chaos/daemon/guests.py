@@ -46,12 +46,13 @@ COALESCE = 0.01
 class Guest:
     """A running domain. ``mapping`` is its device page, ``port`` our end of its store channel.
 
-    ``born`` is when it began to run, monotonic; ``failures`` how often in a row it died young.
+    ``born`` is when it began to run, monotonic; ``failures`` how often in a row it died young,
+    ``told`` whether its being ready was announced.
     """
 
     __slots__ = (
         "born", "config", "console_frame", "console_port", "domid", "failures", "mapping", "name",
-        "noxs", "port", "ready_ms", "request", "unpaused_ns", "uuid", "waiters",
+        "noxs", "port", "ready_ms", "told", "unpaused_ns", "uuid", "waiters",
     )  # fmt: skip
 
     def __init__(self, record: Record, config: DomainConfig) -> None:
@@ -68,7 +69,7 @@ class Guest:
         self.unpaused_ns = 0
         self.born = monotonic()
         self.failures = 0
-        self.request = 0
+        self.told = False
         self.waiters: list[asyncio.Future[str]] | None = None
 
     def words(self) -> GuestWords | None:
@@ -146,7 +147,8 @@ class Guests:
 
     def heard(self, guest: Guest, now: int) -> None:
         """Take a guest's word that it is ready, if it has said so; ``now`` in ns."""
-        if guest.ready_ms is None and guest.ready:
+        if not guest.told and guest.ready:
+            guest.told = True
             if guest.unpaused_ns:
                 guest.ready_ms = (now - guest.unpaused_ns) / 1e6
             self.daemon.emit("ready", name=guest.name, domid=guest.domid, ready_ms=guest.ready_ms)
@@ -184,6 +186,7 @@ class Guests:
                 guest.port = self.host.evtchn.bind_interdomain(record.domid, record.store_port)
             except CallFailed:
                 guest.let_go(self.host)  # dying, or its channel is another command's for now
+        guest.told = guest.ready
         self.add(guest)
         self.daemon.consoles_add(guest)
         self.daemon.emit("adopted", name=guest.name, domid=guest.domid)

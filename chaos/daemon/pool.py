@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from chaos.daemon.flavour import Flavour, Source
 from chaos.daemon.shell import Shell, prepared
 from chaos.daemon.workers import DELAYS, Worker
-from chaos.domains import reap_one
+from chaos.domains import reap, reap_one
 from chaos.registry import SHELL, Record
 from chaos.shape import ImageKey, Shape, blank, shape_of
 from noxs.page import pages_needed
@@ -80,6 +80,7 @@ class Pool:
         self._quiet_from = 0.0
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._loops: list[asyncio.Task[None]] = []
         self._counter = 0
 
     # Life
@@ -90,22 +91,21 @@ class Pool:
             self._hire()
         for spec in self.settings.flavours:
             self.add(spec)
-        self.spawn(self._refill())
-        self.spawn(self._housekeeping())
+        self._loops = [self.spawn(self._refill()), self.spawn(self._housekeeping())]
 
     async def close(self) -> None:
-        """Give every shell back and end the makers."""
+        """End the makers and give every shell back."""
         self.closing = True
-        for task in list(self._tasks):
+        for task in self._loops:
             task.cancel()
+        for worker in list(self.workers):
+            worker.end("the daemon ends")
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        shells = [shell for flavour in self.flavours.values() for shell in flavour.shells]
-        await asyncio.gather(*map(self.discard, shells), return_exceptions=True)
-        for worker in self.workers:
-            worker.close()
-        for worker in self.workers:
-            with contextlib.suppress(Exception):
-                worker.process.wait(1.0)
+        # Whatever the makers had begun, and every shell there is: none of them has a name.
+        for flavour in self.flavours.values():
+            for shell in flavour.shells:
+                shell.let_go()
+        await self.in_thread(_reap_shells)
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:
         """Run a coroutine that ends with the pool."""
@@ -547,6 +547,10 @@ class Pool:
             idle = self._loop.time() - flavour.asked
             if idle > self.settings.adaptive_seconds:
                 self.spawn(self.remove(flavour.name))
+
+
+def _reap_shells(host: Host, names: Registry) -> None:
+    reap(host, names, host.ctrl.domain_list(), [], shells=True)
 
 
 def _name(shell: Shell) -> str:

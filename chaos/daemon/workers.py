@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a maker that died is replaced, by how many died in a row."""
 MAKER = (sys.executable, "-P", "-m", "chaos.daemon.maker")
+KILL_PATIENCE = 5.0
 PATIENCE = 120.0
 """Seconds for one request, after which a maker counts as hung."""
 
@@ -90,6 +91,9 @@ class Worker:
         The descriptors stay the caller's, and must stay open until the answer is there.
         """
         job = Job(request, fds, urgent, self._loop.create_future())
+        if self._socket.fileno() < 0:
+            job.answer.set_exception(MakerDied("a shell maker failed: it is gone"))
+            return job.answer
         if urgent:
             self.jobs.appendleft(job)
             if self.job is not None and not self.job.urgent:
@@ -99,8 +103,14 @@ class Worker:
         self._next()
         return job.answer
 
-    def close(self) -> None:
-        """End the process, without waiting for it. Idempotent."""
+    def end(self, why: str) -> None:
+        """Kill the process, wait until it is gone, and fail what was asked of it."""
+        self._close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_PATIENCE)
+        self._fail(why)
+
+    def _close(self) -> None:
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
@@ -171,7 +181,7 @@ class Worker:
 
     def _fail(self, why: str) -> None:
         """The end of this process, and of what was asked of it."""
-        self.close()
+        self._close()
         self.ready = False
         jobs = [job for job in (self.job, *self.jobs) if job is not None]
         current, self.job = self.job, None

@@ -28,7 +28,7 @@ from chaos.host import Host
 from chaos.registry import Registry
 from noxs.bus import Bus
 from noxs.pageview import decode
-from xenctypes.errors import ChaosError, StateError
+from xenctypes.errors import ChaosError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +116,7 @@ def test_guests_from_the_pool(host: Host, nothing_left: None) -> None:
         assert info.uuid == UUID(uuid).bytes
         names = {domain["name"] for domain in chaos.call("list")}
         assert names == {"Domain-0", "first", "net"}
-        with pytest.raises(StateError, match='a domain named "net" exists already'):
+        with pytest.raises(ChaosError, match='a domain named "net" exists already'):
             create(chaos, "net")
         filled(chaos)
         assert chaos.call("destroy", domains=["net", "first"])
