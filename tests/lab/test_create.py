@@ -101,6 +101,7 @@ def warm() -> None:
 
 @pytest.fixture
 def footprint(host: Host, warm: None) -> Iterator[Footprint]:
+    _ = host.evtchn, host.memory  # opened when first used, and kept as long as the host
     measured = Footprint(host)
     yield measured
     measured.settled()
@@ -420,7 +421,7 @@ def test_a_kernel_that_unpacks_without_end_is_refused(
     assert refused.stderr.count("\n") == 1
 
 
-def test_what_was_asked_reaches_the_hypervisor(host: Host, footprint: Footprint) -> None:
+def test_what_was_asked_reaches_the_hypervisor(host: Host, warm: None) -> None:
     """vCPUs, where they may run, and how far the guest may grow."""
     chaos("create", "-q", "-p", HELLO, "vcpus=2", 'cpus=["0", "0-1"]', "memory=4", "maxmem=9")
     try:
