@@ -18,6 +18,8 @@
     +-- BusError                the store protocol or its server
     +-- PageError               the device page: what does not fit, or an ABI we do not speak
     +-- DeviceError             a vif or vbd could not be set up
+    +-- ProtocolError           chaosd's socket: a frame that breaks the protocol, a lost connection
+        +-- NoDaemon            nobody serves it
 
 Every message is one line that names the cause; ``hint`` names the way out.
 The classes live on the ground floor because every layer raises them.
@@ -165,3 +167,7 @@ class DeviceError(ChaosError):
 
 class ProtocolError(ChaosError):
     """The daemon's socket: a frame or a request that breaks the protocol, or a lost connection."""
+
+
+class NoDaemon(ProtocolError):
+    """Nobody serves the daemon's socket."""

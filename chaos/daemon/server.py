@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from chaos import frames
 from chaos.daemon.rights import Peer, peer_of
 from chaos.daemon.wanted import NotHere
+from chaos.faults import describe
 from xenctypes.errors import BusError, ChaosError, ProtocolError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Connection:
                 if self.closed:
                     return
         except ProtocolError as error:
-            self.reply(0, frames.ERROR, _described(error))
+            self.reply(0, frames.ERROR, describe(error))
             self.server.daemon.log(f"client {self.peer.pid}: {error}: closed")
             self.close()
 
@@ -100,7 +101,7 @@ class Connection:
             self.reply(
                 ident,
                 frames.ERROR,
-                _described(
+                describe(
                     ProtocolError(
                         f"more than {self.server.daemon.settings.requests} requests in flight",
                         hint="wait for replies",
@@ -151,7 +152,7 @@ class Connection:
         """Answer with an error."""
         if not isinstance(error, (ChaosError, OSError)):
             self.server.daemon.log(f"a bug: {error!r}")
-        self.reply(ident, frames.ERROR, _described(error))
+        self.reply(ident, frames.ERROR, describe(error))
 
     def reply(self, ident: int, kind: int, value: Any) -> None:
         """Send, or keep for later; a client that does not read is cut off."""
@@ -160,7 +161,7 @@ class Connection:
         try:
             data = frames.pack_reply(ident, kind, value)
         except ProtocolError as error:
-            data = frames.pack_reply(ident, frames.ERROR, _described(error))
+            data = frames.pack_reply(ident, frames.ERROR, describe(error))
         if not self._backlog:
             try:
                 data = data[self.sock.send(data) :]
@@ -254,7 +255,7 @@ class Server:
                 f"more than {self.daemon.settings.clients} clients are connected", hint="try again"
             )
             with contextlib.suppress(OSError):
-                sock.send(frames.pack_reply(0, frames.ERROR, _described(full)))
+                sock.send(frames.pack_reply(0, frames.ERROR, describe(full)))
             sock.close()
             return
         self.connections.add(Connection(self, sock, peer))
@@ -269,19 +270,6 @@ class Server:
         self.listener.close()
         for connection in list(self.connections):
             connection.close()
-
-
-def _described(error: Exception) -> dict[str, Any]:
-    """An error as a reply has it."""
-    if isinstance(error, ChaosError):
-        return {
-            "class": type(error).__name__,
-            "message": error.message,
-            "hint": error.hint,
-            "exit_code": error.exit_code,
-        }
-    message = error.strerror if isinstance(error, OSError) else f"a bug in chaosd: {error!r}"
-    return {"class": "ChaosError", "message": message or str(error), "hint": "", "exit_code": 1}
 
 
 def listen(path: str, group: str) -> tuple[socket.socket, int]:
