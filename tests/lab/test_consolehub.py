@@ -6,14 +6,21 @@ import asyncio
 import contextlib
 import json
 import os
+import pty
+import select
+import socket
 import subprocess
+import termios
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from command import chaos
+from daemons import end, ensure_bus, start, wait_for
 
 from chaos import config as configuration
+from chaos import frames
 from chaos.builder import Builder
 from chaos.console import Console
 from chaos.consolelog import ConsoleLog
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from chaos.daemon.attachment import Attachment
 
 PATIENCE = 60.0
+CHAOSD = "/run/chaos/chaosd.sock"
 
 
 class Guests:
@@ -263,3 +271,85 @@ def test_logs_without_a_daemon() -> None:
         chaos("destroy", "hello")
     assert follower.wait(PATIENCE) == 0
     assert 'no domain "hello"' in chaos("logs", "hello", check=False).stderr
+
+
+class Client:
+    """What a thin client does: a command's arguments and descriptors, to chaosd."""
+
+    def __init__(self, *argv: str, stdin: int, stdout: int) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(CHAOSD)
+        here = os.open(".", os.O_PATH)
+        params = {"argv": [word.encode() for word in argv], "cwd": b"/", "env": {}}
+        frame = frames.pack_request(1, "run", params)
+        socket.send_fds(self.sock, [frame], [stdin, stdout, 2, here])
+        os.close(here)
+
+    def status(self) -> Any:
+        self.sock.settimeout(PATIENCE)
+        data = b""
+        while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "little"):
+            part = self.sock.recv(4096)
+            assert part
+            data += part
+        return frames.read_reply(data[4:])
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+@pytest.fixture
+def chaosd() -> Iterator[None]:
+    ensure_bus()
+    daemon = start("chaosd")
+    wait_for(lambda: Path(CHAOSD).exists(), "chaosd does not start")
+    yield
+    end(daemon.pid)
+    daemon.wait()
+    Path(CHAOSD).unlink(missing_ok=True)
+
+
+def read_until(fd: int, wanted: bytes) -> bytes:
+    seen = b""
+    while wanted not in seen:
+        assert select.select([fd], [], [], PATIENCE)[0], seen
+        part = os.read(fd, 4096)
+        assert part, seen
+        seen += part
+    return seen
+
+
+def is_raw(fd: int) -> bool:
+    return not termios.tcgetattr(fd)[3] & termios.ICANON
+
+
+@pytest.mark.every_release
+def test_consoles_through_chaosd(chaosd: None) -> None:
+    chaos("create", "-q", "examples/hello.cfg", 'extra="echo"')
+    ours, theirs = pty.openpty()
+    read, write = os.pipe()
+    try:
+        client = Client("console", "hello", stdin=theirs, stdout=theirs)
+        read_until(ours, b"Hello, world!")
+        wait_for(lambda: is_raw(theirs), "the terminal is not raw")
+        os.write(ours, b"are you there?")
+        read_until(ours, b"are you there?")
+        refused = chaos("console", "hello", check=False)
+        assert 'chaosd holds the console of "hello"' in refused.stderr
+        os.write(ours, b"\x1d")
+        assert client.status() == (1, frames.OK, 0)
+        assert not is_raw(theirs)
+        client.close()
+        client = Client("console", "hello", stdin=theirs, stdout=theirs)
+        wait_for(lambda: is_raw(theirs), "the terminal is not raw")
+        client.close()  # as when it is killed
+        wait_for(lambda: not is_raw(theirs), "the terminal stays raw")
+        follower = Client("logs", "-f", "hello", stdin=theirs, stdout=write)
+        read_until(read, b"are you there?")
+        assert Client("destroy", "hello", stdin=theirs, stdout=write).status().value == 0
+        assert follower.status() == (1, frames.OK, 0)
+        follower.close()
+    finally:
+        chaos("destroy", "hello", check=False)
+        for fd in (ours, theirs, read, write):
+            os.close(fd)

@@ -327,6 +327,6 @@ def test_an_idle_guest_costs_little_memory(tmp_path: Path) -> None:
         await holds(lambda: not lab.channels.pending and not lab.hub._queue)
         used = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
-        assert used / count < 3072
+        assert used / count < 3072, used / count
 
     run(tmp_path, story)
