@@ -21,6 +21,7 @@ from chaos.death import DeathWatch
 from xenctypes.errors import CallFailed, StateError
 from xenctypes.evtchn import Evtchn
 from xenctypes.public import EVTCHNSTAT_interdomain
+from xenctypes.shared import store_u32
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,6 @@ IN_SIZE = 1024
 OUT_SIZE = 2048
 IN_AT, OUT_AT, INDEXES_AT = 0, IN_SIZE, IN_SIZE + OUT_SIZE
 INDEXES = Struct("@4I")  # in_cons, in_prod, out_cons, out_prod
-WORD = Struct("@I")
 WORD_MASK = 0xFFFFFFFF
 ESCAPE = b"\x1d"  # Ctrl-]
 
@@ -57,7 +57,7 @@ class ConsoleRing:
         start = cons % OUT_SIZE
         first = bytes(self._page[OUT_AT + start : OUT_AT + min(start + size, OUT_SIZE)])
         data = first + bytes(self._page[OUT_AT : OUT_AT + size - len(first)])
-        WORD.pack_into(self._page, INDEXES_AT + 8, prod)
+        store_u32(self._page, INDEXES_AT + 8, prod)
         return data
 
     def write(self, data: bytes) -> int:
@@ -67,7 +67,7 @@ class ConsoleRing:
         count: int = min(len(data), max(0, IN_SIZE - used))
         for index in range(count):
             self._page[IN_AT + (prod + index) % IN_SIZE] = data[index]
-        WORD.pack_into(self._page, INDEXES_AT + 4, (prod + count) & WORD_MASK)
+        store_u32(self._page, INDEXES_AT + 4, (prod + count) & WORD_MASK)
         return count
 
 

@@ -61,6 +61,7 @@ from noxs.abi import (
     WORD,
 )
 from xenctypes.errors import PageError
+from xenctypes.shared import store_u32
 
 __all__ = [
     "ABI_VERSION",
@@ -472,12 +473,12 @@ def publish(live: bytearray | memoryview, template: bytearray) -> None:
     """
     at = HEADER_AT["generation"]
     generation = (WORD.unpack_from(template, at)[0] + 2) & 0xFFFFFFFF
-    WORD.pack_into(live, at, generation - 1)
+    store_u32(live, at, generation - 1 & 0xFFFFFFFF)
     live[:at] = template[:at]
     live[at + 4 : REQUEST_OFFSET] = template[at + 4 : REQUEST_OFFSET]
     live[MORE_PAGES_OFFSET : len(template)] = template[MORE_PAGES_OFFSET:]
     WORD.pack_into(template, at, generation)
-    WORD.pack_into(live, at, generation)
+    store_u32(live, at, generation)
 
 
 def write_request(live: bytearray | memoryview, seq: int, code: int, argument: int = 0) -> None:
@@ -485,9 +486,9 @@ def write_request(live: bytearray | memoryview, seq: int, code: int, argument: i
 
     ``seq`` is the caller's own count, never 0, one more than in the last request.
     """
-    WORD.pack_into(live, REQUEST_OFFSET + 4, code)
-    WORD.pack_into(live, REQUEST_OFFSET + 8, argument)
-    WORD.pack_into(live, REQUEST_OFFSET, seq)
+    store_u32(live, REQUEST_OFFSET + 4, code)
+    store_u32(live, REQUEST_OFFSET + 8, argument)
+    store_u32(live, REQUEST_OFFSET, seq)
 
 
 def read_guest_words(live: Buffer) -> GuestWords:

@@ -106,6 +106,7 @@ class ConsoleHub:
         self._queue: deque[_Guest] = deque()
         self._turn_timer: asyncio.TimerHandle | None = None
         self._rest_until = 0.0
+        self._spent = 0.0  # CPU time for events since the last turn
         self._held_timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._loop.add_reader(self._evtchn.fd, self._on_events)
@@ -238,10 +239,12 @@ class ConsoleHub:
                     self._report(f"console of {guest.name}: {error}")
 
     def _on_events(self) -> None:
+        started = time.thread_time()
         for port in self._evtchn.take(EVENTS_MAX):
             guest = self._by_port.get(port)
             if guest is not None:  # else of one that was removed
                 self._enqueue(guest)
+        self._spent += time.thread_time() - started
 
     def _enqueue(self, guest: _Guest) -> None:
         if guest.ring is not None and not guest.queued:
@@ -261,7 +264,8 @@ class ConsoleHub:
             guest = self._queue.popleft()
             if guest.ring is not None:
                 self._visit(guest)
-        spent = time.thread_time() - started
+        spent = self._spent + time.thread_time() - started
+        self._spent = 0.0
         self._rest_until = self._loop.time() + min(REST_MAX, spent * (1 / SHARE - 1))
         if self._queue:
             self._plan_turn()

@@ -180,7 +180,7 @@ def test_a_flooding_guest_costs_a_bounded_share(tell: Callable[..., Any], manner
 
     share, delays = tell(story)
     print(f"{manner}: {share:.2f} of a processor, {max(delays):.3f} s")  # noqa: T201 - measured
-    assert share < SHARE + 0.25  # its own, and what the test does
+    assert share < SHARE + 0.35  # its own, the loop's, and what the test does
     assert max(delays) < 2
 
 
