@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 SECONDS_MAX = 10**6
+NO_DAEMON = "--no-daemon"
+"""Has the verb run here, whatever daemon there is (client/chaos.c heeds it too)."""
 
 
 class Verb(NamedTuple):
@@ -76,9 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = False
     try:
-        while arguments and arguments[0] in {"-v", "--verbose"}:
-            verbose = True
-            arguments.pop(0)
+        while arguments and arguments[0] in {"-v", "--verbose", NO_DAEMON}:
+            if arguments.pop(0) == NO_DAEMON:
+                os.environ["CHAOS_NO_DAEMON"] = "1"
+            else:
+                verbose = True
         return _run(arguments, verbose=verbose)
     except SystemExit as ending:  # --help and --version of argparse
         return ending.code if isinstance(ending.code, int) else 0
@@ -154,7 +158,7 @@ def usage() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()]
     return (
-        "usage: chaos [-v] VERB [OPTION...]\n\n"
+        "usage: chaos [-v] [--no-daemon] VERB [OPTION...]\n\n"
         "Boots Xen domains faster than a process forks.\n\n"
         + "\n".join(lines)
         + "\n\nchaos VERB --help tells more. A domain is named by its name, domid or UUID.\n"

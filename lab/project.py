@@ -76,6 +76,7 @@ def wheel() -> str:
 
 
 def _hatch(target: Path) -> None:
+    debian.ensure(["gcc"])
     done = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(target)],
         cwd=cache.TREE,
