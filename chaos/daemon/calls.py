@@ -113,18 +113,17 @@ class Calls:
 
     async def _verb(self, method: str, params: dict[str, Any]) -> Any:
         known = SIMPLE[method]
-        argv: list[str] = []
+        options = ["--json"]
         for key, value in params.items():
             if key not in known:
                 raise ProtocolError(f'{method} has no parameter "{key[:32]}"')
-            if key == "domains":
-                names = _list(params, key, str)
-                argv += ["--", *names] if not argv else names
-            elif key == "timeout":
-                argv = [f"--timeout={_number(params, key)}", *argv]
-            elif value is True:
-                argv = [f"--{key}", *argv]
-        return await self._captured(method, ["--json", *argv])
+            if key == "timeout":
+                options.append(f"--timeout={_number(params, key)}")
+            elif key != "domains" and value is True:
+                options.append(f"--{key}")
+        names = _list(params, "domains", str)
+        # Behind "--" a name is a name, whatever it looks like.
+        return await self._captured(method, [*options, *(["--"] if names else []), *names])
 
     async def _captured(self, verb: str, argv: list[str]) -> Any:
         from chaos.daemon.command import parser_of

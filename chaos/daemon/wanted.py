@@ -110,8 +110,8 @@ class Reader:
     def read(self, peer: Peer, directory: str, path: str, overrides: Sequence[str]) -> Wanted:
         """The configuration in a file, with overrides. ConfigError; NotHere."""
         full = os.path.join(directory, path)
-        if full.startswith(("/dev/", "/proc/")):
-            raise NotHere
+        if full.startswith(("/dev/", "/proc/")) or not os.path.isabs(full):
+            raise NotHere  # in the latter case the client's directory has no path
         name = None
         rest = tuple(overrides)
         if overrides and (match := _NAME.fullmatch(overrides[-1])):

@@ -57,6 +57,8 @@ def test_what_is_no_file_is_the_client_s_business(tmp_path: Path, config: Path) 
     for path in ("/dev/stdin", "/proc/self/fd/0", str(tmp_path / "pipe"), str(tmp_path)):
         with pytest.raises(NotHere):
             reader.read(MINE, "/", path, [])
+    with pytest.raises(NotHere):
+        reader.read(MINE, "", "a.cfg", [])  # from a directory that was removed
     with pytest.raises(ConfigError, match="cannot read the configuration: No such file"):
         reader.read(MINE, "/", str(tmp_path / "none"), [])
     config.write_text(f'name="a"\nkernel="k"\nnoxs_metadata_file="{tmp_path}/pipe"\n')
