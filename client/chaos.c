@@ -279,20 +279,20 @@ __attribute__((used)) static NORETURN void start(long *stack) {
     int alone = *variable(env, "CHAOS_NO_DAEMON=");
     for (int i = 1; i < argc && argv[i][0] == '-'; i++) /* the Python command drops the option */
         alone |= begins(argv[i], "--no-daemon") && begins("--no-daemon", argv[i]);
-    if (alone)
-        run_python(argv, env);
-    int directory = open_directory();
-    if (!connected(*path ? path : "/run/chaos/chaosd.sock"))
-        run_python(argv, env);
-    build_request(argc, argv, env);
-    handle_signals(on_signal);
-    send_request(directory);
-    requested = 1;
-    if (caught) /* before that */
-        on_signal(caught);
-    await_reply();
-    handle_signals(SIG_DFL);
-    if (caught)
-        leave(128 + caught);
+    if (!alone) {
+        int directory = open_directory();
+        handle_signals(on_signal);
+        if (connected(*path ? path : "/run/chaos/chaosd.sock")) {
+            build_request(argc, argv, env);
+            send_request(directory);
+            requested = 1;
+            if (caught) /* before that */
+                on_signal(caught);
+            await_reply();
+        }
+        handle_signals(SIG_DFL);
+        if (caught)
+            leave(128 + caught);
+    }
     run_python(argv, env);
 }

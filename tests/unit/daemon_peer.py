@@ -75,11 +75,11 @@ class Connection:
 class Server:
     """A listening socket; leave the block to close it and what it accepted."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, backlog: int = 8) -> None:
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(path))
-        self._socket.listen()
+        self._socket.listen(backlog)
         self._socket.settimeout(PATIENCE)
         self._accepted: list[Connection] = []
 

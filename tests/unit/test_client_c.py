@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import re
 import shutil
 import signal
 import socket
@@ -22,10 +21,11 @@ from chaos import frames
 from hatch_build import compile_client
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SOURCE = Path(__file__).parents[2] / "client" / "chaos.c"
 NOBODY = 65534
+SYS_CONNECT, SYS_SENDMSG = 42, 46  # asm/unistd_64.h
 FAKE_PYTHON = """\
 #!/bin/sh
 printf '%s|' python "${CHAOS_NO_DAEMON-unset}" "$@"
@@ -69,12 +69,15 @@ def requested(connection: Connection) -> dict[str, Any]:
     return request.params
 
 
-def caught(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    mask = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    assert mask is not None
-    return bool(int(mask[1], 16) >> (number - 1) & 1)
+def in_system_call(pid: int, number: int) -> bool:
+    """Whether a process waits in a system call."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] == str(number)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
 
 
 def is_null(fd: int) -> bool:
@@ -405,14 +408,29 @@ def test_a_signal_while_the_request_goes_out(client: Client, server: Server) -> 
     argv = ["x" * 100000] * 9  # more than a socket holds
     process = client.start(*argv)
     with server.accept() as connection:
-        deadline = time.monotonic() + PATIENCE
-        while not caught(process.pid, signal.SIGHUP):  # the last that it handles
-            assert time.monotonic() < deadline
+        wait_for(lambda: in_system_call(process.pid, SYS_SENDMSG))
         process.send_signal(signal.SIGINT)
         assert requested(connection)["argv"] == [word.encode() for word in argv]
         assert connection.receive() == (0, "signal", {"id": 1, "signal": signal.SIGINT})
         connection.reply(frames.OK, 130)
         assert finish(process)[0] == 130
+
+
+def test_a_signal_while_it_connects(client: Client, tmp_path: Path) -> None:
+    """It waits for the daemon, and then has the verb end."""
+    with Server(tmp_path / "full", backlog=0) as server:
+        client.env["CHAOS_SOCKET"] = str(server.path)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(str(server.path))  # the backlog has room for one
+            process = client.start("wait")
+            wait_for(lambda: in_system_call(process.pid, SYS_CONNECT))
+            process.send_signal(signal.SIGINT)
+            server.accept().close()
+            with server.accept() as connection:
+                requested(connection)
+                assert connection.receive() == (0, "signal", {"id": 1, "signal": signal.SIGINT})
+                connection.reply(frames.OK, 130)
+                assert finish(process)[0] == 130
 
 
 def test_quit_and_kill_end_it_at_once(client: Client, server: Server) -> None:
