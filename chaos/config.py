@@ -87,8 +87,20 @@ def load(
     ConfigError.
     """
     directory = directory or os.getcwd()
-    path_in = os.path.join(directory, path)
-    text = _read(path_in, path, xlcfg.MAX_BYTES, "configuration", regular=regular)
+    text = read(path, directory, regular=regular)
+    return interpret(text, path, overrides, directory=directory, regular=regular)
+
+
+def read(path: str, directory: str, *, regular: bool) -> bytes:
+    """A configuration file's text. Raise ConfigError."""
+    full = os.path.join(directory, path)
+    return _read(full, path, xlcfg.MAX_BYTES, "configuration", regular=regular)
+
+
+def interpret(
+    text: bytes | str, path: str, overrides: Sequence[str], *, directory: str, regular: bool
+) -> tuple[DomainConfig, list[str]]:
+    """``load`` for a text that was read from ``path``."""
     config, warnings = from_document(xlcfg.parse(text, path, overrides), directory=directory)
     if config.metadata_file:
         config = with_metadata(config, regular=regular)

@@ -24,7 +24,7 @@ CREDENTIALS = Struct("iII")
 SO_PEERGROUPS = 59
 SYS_SETGROUPS = 116
 SYS_SETFSUID, SYS_SETFSGID = 122, 123
-GROUPS_MAX = 65536
+GROUPS_MAX = 65536  # NGROUPS_MAX of linux/limits.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -41,11 +41,13 @@ class Peer(NamedTuple):
 def peer_of(sock: socket.socket) -> Peer:
     """The credentials with which the peer connected."""
     pid, uid, gid = CREDENTIALS.unpack(sock.getsockopt(SOL_SOCKET, SO_PEERCRED, CREDENTIALS.size))
-    try:
-        raw = sock.getsockopt(SOL_SOCKET, SO_PEERGROUPS, 4 * 1024)
-        groups = tuple(memoryview(raw).cast("I"))
-    except OSError:
-        groups = ()
+    # More than socket.getsockopt() has room for.
+    room = (ctypes.c_uint * GROUPS_MAX)()
+    size = ctypes.c_uint(ctypes.sizeof(room))
+    failed = _libc.getsockopt(
+        sock.fileno(), SOL_SOCKET, SO_PEERGROUPS, ctypes.byref(room), ctypes.byref(size)
+    )
+    groups = () if failed else tuple(room[: size.value // ctypes.sizeof(ctypes.c_uint)])
     return Peer(pid, uid, gid, groups)
 
 

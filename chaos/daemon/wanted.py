@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from chaos.shape import ImageKey
 
 CACHED_MAX = 256
+TEXT_MAX = 1 << 14
 _NAME = re.compile(r"""\s*name\s*=\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*;?\s*""")
 _FIELDS = tuple(field.name for field in fields(DomainConfig))
 
@@ -106,6 +107,7 @@ class Reader:
         self._cache: OrderedDict[tuple[Peer, str, tuple[str, ...]], tuple[Identity, Wanted]] = (
             OrderedDict()
         )
+        self._texts: OrderedDict[tuple[Peer, str], tuple[Identity, bytes]] = OrderedDict()
 
     def read(self, peer: Peer, directory: str, path: str, overrides: Sequence[str]) -> Wanted:
         """The configuration in a file, with overrides. ConfigError; NotHere."""
@@ -144,3 +146,17 @@ class Reader:
             if len(self._cache) > CACHED_MAX:
                 self._cache.popitem(last=False)
         return wanted
+
+    def _text(self, peer: Peer, full: str, path: str, identity: Identity) -> bytes:
+        """The file's text, from memory for a version that the peer has had read before."""
+        key = (peer._replace(pid=0), full)
+        cached = self._texts.get(key)
+        if cached is not None and cached[0] == identity:
+            self._texts.move_to_end(key)
+            return cached[1]
+        text = configuration.read(path, full.removesuffix(path), regular=True)
+        if len(text) <= TEXT_MAX:
+            self._texts[key] = identity, text
+            if len(self._texts) > CACHED_MAX:
+                self._texts.popitem(last=False)
+        return text
