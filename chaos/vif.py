@@ -30,7 +30,7 @@ from noxs.page import Vif, VifQueue
 from xenctypes.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from chaos.host import Host
     from chaos.netspec import VlanConfig
@@ -50,6 +50,8 @@ RX_ENTRY_SIZE = 8
 XENMEM_GRANT_TABLE = 1  # XENMEM_resource_grant_table
 DOM0 = 0
 CONNECT_TIMEOUT = 30.0
+RESTART_TIMEOUT = 10.0  # for xendevd to come back
+LOOK_EVERY = 1.0  # seconds between looks at what no watch tells of
 CLOSE_TIMEOUT = 30.0
 STATE_INITIALISING, STATE_CONNECTED, STATE_CLOSING, STATE_CLOSED = "1", "4", "5", "6"
 NETBACK = "/sys/bus/xen-backend/drivers/vif"
@@ -236,8 +238,13 @@ def check(config: VifConfig) -> None:
     if not hotplug.running():
         raise DeviceError("xendevd is not running", hint="start it: it plugs the vifs")
     hotplug.script_for(config.script)
-    linux = os.path.isdir(f"/sys/class/net/{config.bridge}/bridge")
-    if not linux and not (config.openvswitch or os.path.exists(OPEN_VSWITCH)):
+    linux = os.path.isdir(f"/sys/class/net/{config.bridge}/bridge") and not config.openvswitch
+    if not linux and not os.path.exists(OPEN_VSWITCH):
+        if config.openvswitch:
+            raise DeviceError(
+                f'vif {config.devid}: there is no Open vSwitch for bridge "{config.bridge}"',
+                hint="start openvswitch-switch",
+            )
         raise DeviceError(
             f'vif {config.devid}: there is no bridge "{config.bridge}"',
             hint=f"ip link add {config.bridge} type bridge",
@@ -264,13 +271,21 @@ def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> lis
         if tx.get(written) is None:
             tx.write_many(pairs)
 
-    bus.transact(write)
+    bus.transact(write, repeatable=True)
     waiting = {vif.config.devid for vif in vifs}
+    served = time.monotonic()
     with _watching(bus, backend_directory(domid)) as changes:
         for _ in changes(CONNECT_TIMEOUT):
             waiting = {devid for devid in waiting if not _connected(bus, domid, devid)}
             if not waiting:
                 return [vif._replace(mtu=_mtu(domid, vif.config)) for vif in vifs]
+            if hotplug.running() or not _unplugged(bus, domid, waiting):
+                served = time.monotonic()
+            elif time.monotonic() > served + RESTART_TIMEOUT:
+                raise DeviceError(
+                    f"vif {min(waiting)}: xendevd ended before it was plugged",
+                    hint="start it, and look into its log for why it ended",
+                )
     devid = min(waiting)
     raise DeviceError(
         f"vif {devid}: not connected within {CONNECT_TIMEOUT:.0f} s"
@@ -289,6 +304,11 @@ def _connected(bus: Bus, domid: int, devid: int) -> bool:
     if state in {STATE_CLOSING, STATE_CLOSED} or (said and not _driven(domid, devid)):
         raise DeviceError(f"vif {devid}: netback refused it{said}", hint="dmesg may say more")
     return state == STATE_CONNECTED
+
+
+def _unplugged(bus: Bus, domid: int, devids: Iterable[int]) -> bool:
+    paths = [f"{backend_path(domid, devid)}/{hotplug.STATUS}" for devid in devids]
+    return any(status != hotplug.CONNECTED for status in bus.read_many(paths))
 
 
 def _netback_error(bus: Bus, domid: int, devid: int) -> str:
@@ -330,7 +350,7 @@ def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:
     changes = [(f"{backend_path(domid, devid)}/online", "0") for devid in known]
     changes += [(f"{frontend_path(domid, devid)}/state", STATE_CLOSED) for devid in known]
     if known:
-        bus.transact(lambda tx: tx.write_many(changes))
+        bus.transact(lambda tx: tx.write_many(changes), repeatable=True)
     deadline = time.monotonic() + CLOSE_TIMEOUT
     # A device whose probe failed has no driver to close it; it goes with its nodes.
     _await(deadline, lambda: not any(_driven(domid, devid) for devid in devids))
@@ -380,7 +400,7 @@ def _leaves(bus: Bus, directory: str) -> bool:
 
 @contextmanager
 def _watching(bus: Bus, path: str) -> Iterator[Callable[[float], Iterator[None]]]:
-    """Watch ``path``; what is yielded gives one turn at once and one after each change."""
+    """Watch ``path``; what is yielded gives a turn at once, after each change, and now and then."""
     token = f"vif {path}"
     bus.watch(path, token)
 
@@ -388,8 +408,8 @@ def _watching(bus: Bus, path: str) -> Iterator[Callable[[float], Iterator[None]]
         deadline = time.monotonic() + timeout
         yield None
         while (left := deadline - time.monotonic()) > 0:
-            if bus.events(left):
-                yield None
+            bus.events(min(left, LOOK_EVERY))
+            yield None
 
     try:
         yield changes

@@ -33,6 +33,7 @@ MAX_DEVID = 255
 MTU_MIN = 68  # ETH_MIN_MTU, linux/if_ether.h
 MTU_MAX = 65517  # drivers/net/xen-netback/interface.c: ETH_MAX_MTU - VLAN_ETH_HLEN
 NAME_MAX = 15  # IFNAMSIZ - 1, linux/if.h
+OVS_VLAN_MAX = 4095  # of a port's tag and trunks, ovs-vswitchd.conf.db(5)
 
 _OVS_BRIDGE = re.compile(r"([^.:]+)(?:\.([0-9]{1,4}))?((?::[0-9]{1,4})*)", re.ASCII)
 
@@ -43,7 +44,7 @@ class VifConfig:
 
     ``devid``      its number, the N of vifDOMID.N, 0 to MAX_DEVID
     ``mac``        6 bytes, or None to have one made up in 00:16:3e
-    ``bridge``     the bridge to join; for Open vSwitch also BRIDGE[.TAG][:TRUNK...]
+    ``bridge``     the bridge to join; one of Open vSwitch may be BRIDGE[.TAG][:TRUNK...]
     ``ipv4`` ``ipv6``  the guest's addresses with their prefixes, or None
     ``gateway4`` ``gateway6``  its default routers, or None
     ``mtu``        bytes, or 0 to follow the bridge
@@ -101,13 +102,27 @@ class VifConfig:
         match = _OVS_BRIDGE.fullmatch(self.bridge)
         if match is None or not self.openvswitch:
             _check_interface(self.bridge, "bridge")
-        else:
-            _check_interface(match[1], "bridge")
+            return
+        _check_interface(match[1], "bridge")
+        ids = [int(vlan) for vlan in (match[2], *match[3].split(":")) if vlan]
+        if max(ids, default=0) > OVS_VLAN_MAX:
+            cause = f"bridge {quote(self.bridge)}: a VLAN above {OVS_VLAN_MAX}"
+            raise ConfigError(cause, key="bridge")
+        if ids and self.vlan is not None:
+            cause = f"both bridge {quote(self.bridge)} and vlan name VLANs"
+            raise ConfigError(cause, hint="leave one of them out", key="vlan")
 
     @property
     def openvswitch(self) -> bool:
-        """Whether the script is Xen's vif-openvswitch."""
-        return self.script.rpartition("/")[2] == "vif-openvswitch"
+        """Whether only an Open vSwitch bridge will do: the script or the bridge says so.
+
+        Without either, NAME.TAG is a Linux bridge where there is one of that name.
+        """
+        script = self.script.rpartition("/")[2]
+        if script == "vif-openvswitch":
+            return True
+        insists = ":" in self.bridge or len(self.bridge) > NAME_MAX
+        return insists and script != "vif-bridge" and bool(_OVS_BRIDGE.fullmatch(self.bridge))
 
     @property
     def mac_text(self) -> str:

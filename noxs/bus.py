@@ -2,7 +2,8 @@
 
 If the server goes away, it is looked for again, the watches are made again (each fires once, as
 when it was first made), and the requests are sent again: outside transactions all of them may be
-repeated. A transaction is lost with its server and starts over, as if it had met a conflict.
+repeated. A transaction is lost with its server and starts over, as if it had met a conflict; unless
+the server went away during the commit: then whether to repeat is the caller's decision.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def server_paths() -> tuple[str, ...]:
 class Transaction(Nodes):
     """A transaction, as a context manager: committed at the end, aborted on an exception.
 
-    Leaving it raises BusError with EAGAIN after a conflict: nothing was changed then.
+    Leaving it raises BusError with EAGAIN after a conflict: nothing was changed then. With
+    ECONNABORTED or ETIMEDOUT, everything or nothing was.
     """
 
     def __init__(self, session: Session) -> None:
@@ -188,18 +190,26 @@ class Bus(Nodes):
         return Transaction(self._session)
 
     def transact(
-        self, function: Callable[[Transaction], Result], attempts: int = ATTEMPTS
+        self,
+        function: Callable[[Transaction], Result],
+        attempts: int = ATTEMPTS,
+        *,
+        repeatable: bool = False,
     ) -> Result:
         """Call ``function`` in a transaction, again after a conflict; its result.
 
-        BusError with EAGAIN when all attempts met conflicts.
+        BusError with EAGAIN when all attempts met conflicts, and with ECONNABORTED when the server
+        went away during a commit, which may have been done. ``repeatable`` says that the function
+        does no harm after itself, because it looks first or sets the same again: then that is
+        one more reason to call it again.
         """
+        reasons = {errnos.EAGAIN, errnos.ECONNABORTED} if repeatable else {errnos.EAGAIN}
         for _ in range(attempts - 1):
             try:
                 with self.transaction() as tx:
                     value = function(tx)
             except BusError as error:
-                if error.errno != errnos.EAGAIN:
+                if error.errno not in reasons:
                     raise
             else:
                 return value

@@ -29,6 +29,7 @@ WINDOW, WINDOW_BYTES = 128, 1 << 15
 """Requests, and bytes of them, sent before replies are read: either end's buffers hold them."""
 TRIES = 3
 """How often requests are sent again to a server that closes the connection each time."""
+COMMIT = (wire.TRANSACTION_END, b"T\0")
 _CHUNK = 1 << 16
 
 
@@ -65,8 +66,9 @@ class Session:
     def exchange(self, requests: list[Request], tx_id: int) -> list[Message]:
         """Send the requests, read their replies; sends again what a lost connection took along.
 
-        BusError: EAGAIN in a transaction when the connection was lost, ETIMEDOUT, ECONNREFUSED,
-        ECONNRESET, E2BIG for a payload that is too long.
+        BusError: in a transaction EAGAIN when the connection was lost and nothing was changed,
+        ECONNABORTED when it was lost during the commit and nobody can tell; ETIMEDOUT,
+        ECONNREFUSED, ECONNRESET, E2BIG for a payload that is too long.
         """
         for op, payload, path in requests:
             if len(payload) > wire.PAYLOAD_MAX:
@@ -82,10 +84,14 @@ class Session:
         for _ in range(TRIES):
             try:
                 return self._attempt(requests, tx_id)
-            except ConnectionError:
+            except ConnectionError as error:
                 self.reopen()
-                if tx_id:
-                    raise lost_transaction() from None
+                if not tx_id:
+                    continue
+                # A broken pipe took nothing along: the server was gone before.
+                if requests[-1][:2] == COMMIT and not isinstance(error, BrokenPipeError):
+                    raise unknown_commit() from None
+                raise lost_transaction() from None
         raise BusError(
             f"{self.path}: the store closes the connection", path=path, errno=errnos.ECONNRESET
         )
@@ -110,7 +116,7 @@ class Session:
     def _round_trip(self, window: list[bytes], replies: dict[int, Message]) -> None:
         due = len(replies) + len(window)
         try:
-            self._socket().sendall(b"".join(window))
+            self._send(b"".join(window))
             while len(replies) < due:
                 for reply in self.receive():
                     replies[reply[1]] = reply
@@ -119,6 +125,9 @@ class Session:
             raise BusError(
                 f"{self.path}: no answer for {self.patience:g} s", errno=errnos.ETIMEDOUT
             ) from error
+
+    def _send(self, data: bytes) -> None:
+        self._socket().sendall(data)
 
     def receive(self) -> list[Message]:
         """Read once: the replies; events are put aside. ConnectionError at the stream's end."""
@@ -205,5 +214,13 @@ class Session:
 
 
 def lost_transaction() -> BusError:
-    """What a transaction meets whose server restarted."""
+    """What a transaction meets whose server restarted: it has changed nothing."""
     return BusError("the transaction is lost: the store restarted", errno=errnos.EAGAIN)
+
+
+def unknown_commit() -> BusError:
+    """What a transaction meets whose server went away between its commit and the reply."""
+    return BusError(
+        "the store restarted during a commit, and does not tell whether it was done",
+        errno=errnos.ECONNABORTED,
+    )

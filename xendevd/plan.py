@@ -106,7 +106,7 @@ def parse(path: str, vif: str, nodes: Mapping[str, str]) -> VifPlan:
         raise DeviceError("no bridge is given")
     openvswitch = modes[script]
     ovs_bridge, ovs_vlans = ("", None) if openvswitch is False else _ovs_port(bridge)
-    if openvswitch is None and ":" in bridge:
+    if openvswitch is None and (":" in bridge or (ovs_vlans and len(bridge) > IFNAME_MAX)):
         openvswitch = True
     if not openvswitch:
         check_ifname("bridge", bridge)
@@ -114,7 +114,9 @@ def parse(path: str, vif: str, nodes: Mapping[str, str]) -> VifPlan:
         raise DeviceError(f"bridge {bridge!r} is not of the form NAME[.TAG][:TRUNK[:TRUNK...]]")
     vlans = parse_vlans(nodes["vlan"]) if nodes.get("vlan") else None
     if vlans and ovs_vlans:
-        raise DeviceError(f"both bridge {bridge!r} and vlan {nodes['vlan']!r} name VLANs")
+        if openvswitch:
+            raise DeviceError(f"both bridge {bridge!r} and vlan {nodes['vlan']!r} name VLANs")
+        ovs_bridge, ovs_vlans = "", None  # it can only be a Linux bridge with a dot in its name
     return VifPlan(
         path=path,
         vif=vif,
@@ -183,7 +185,7 @@ def _ovs_port(bridge: str) -> tuple[str, Vlans | None]:
         return "", None
     name, tag, trunks = match.groups()
     ids = [int(part) for part in (tag, *(trunks or "").split(":")) if part]
-    if any(not (0 <= vlan <= VLAN_MAX + 1) for vlan in ids):
+    if max(ids, default=0) > VLAN_MAX + 1:
         raise DeviceError(f"bridge {bridge!r}: VLANs are within 0 to {VLAN_MAX + 1}")
     if not ids:
         return name, None

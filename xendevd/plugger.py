@@ -128,15 +128,21 @@ class Plugger:
             )
         link = bridge.find_vif(self.route, plan)
         name = plan.ifname if link.name != plan.ifname else ""
-        bridge.configure(self.route, link, name=name, mtu=plan.mtu or 0)
+        bridge.configure(self.route, link, name=name, mtu=plan.mtu or self._mtu(plan))
         self.route.set_up(link.ifindex)
         self._names[plan.path] = plan.ifname
 
     def _has_switch(self, plan: VifPlan) -> bool:
         return bool(plan.ovs_bridge) and self.switch.available()
 
+    def _mtu(self, plan: VifPlan) -> int:
+        """That of the interface which an Open vSwitch bridge has in Dom0; 0 if it has none."""
+        local = self.route.link(plan.ovs_bridge) if len(plan.ovs_bridge) < 16 else None
+        return 0 if local is None else local.mtu
+
     def _switched(self, plan: VifPlan, error: Exception | None) -> None:
-        self._verdicts.append((plan, error, plan.mtu or 0))
+        link = self.route.link(plan.ifname) if error is None else None
+        self._verdicts.append((plan, error, 0 if link is None else link.mtu))
 
     def report(self) -> None:
         """Write the verdicts that are due to where the toolstacks wait for them."""
@@ -153,7 +159,7 @@ class Plugger:
 
     def _write(self, verdicts: list[Verdict]) -> None:
         mtu = not self.alone
-        self.bus.transact(lambda nodes: write_verdicts(nodes, verdicts, mtu=mtu))
+        self.bus.transact(lambda nodes: write_verdicts(nodes, verdicts, mtu=mtu), repeatable=True)
 
 
 class Store(Protocol):

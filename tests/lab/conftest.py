@@ -21,6 +21,7 @@ from daemons import (
     ensure_bus,
     ensure_xendevd,
     noxsd_pid,
+    openvswitch,
     start,
     stop_xendevd,
     wait_for,
@@ -92,6 +93,13 @@ def no_xendevd() -> Iterator[None]:
     stop_xendevd()
     yield
     ensure_xendevd()
+
+
+@pytest.fixture(name="openvswitch")
+def running_openvswitch() -> Iterator[str]:
+    """Open vSwitch, and the name of its bridge."""
+    with openvswitch() as bridge:
+        yield bridge
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from noxs.bus import Bus
 from xenctypes.errors import BusError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PATIENCE = 60.0
 NOXSD_SOCKET = "/run/noxs/socket"
@@ -73,10 +74,29 @@ def ensure_xendevd() -> None:
         wait_for(hotplug.running, "xendevd does not start")
 
 
+def xendevd_pid() -> int:
+    """The process that plugs vifs."""
+    found = subprocess.run(["fuser", hotplug.LOCK], capture_output=True, text=True, check=True)
+    (pid,) = found.stdout.split()
+    return int(pid)
+
+
 def stop_xendevd() -> None:
     """Nobody plugs vifs."""
     if hotplug.running():
-        found = subprocess.run(["fuser", hotplug.LOCK], capture_output=True, text=True, check=True)
-        for pid in found.stdout.split():
-            end(int(pid))
+        end(xendevd_pid())
     wait_for(lambda: not hotplug.running(), "xendevd does not stop")
+
+
+@contextmanager
+def openvswitch() -> Iterator[str]:
+    """Open vSwitch with a bridge ovs0."""
+    control = "/usr/share/openvswitch/scripts/ovs-ctl"
+    subprocess.run(["modprobe", "openvswitch"], check=True)
+    subprocess.run([control, "start", "--system-id=random"], check=True)
+    try:
+        subprocess.run(["ovs-vsctl", "--may-exist", "add-br", "ovs0"], check=True)
+        yield "ovs0"
+        subprocess.run(["ovs-vsctl", "del-br", "ovs0"], check=True)
+    finally:
+        subprocess.run([control, "stop"], check=True)

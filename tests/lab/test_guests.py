@@ -8,6 +8,7 @@ import random
 import re
 import select
 import socket
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from chaos.host import Host
 from chaos.registry import Registry
 from noxs import abi, hotplug
 from noxs.page import encode, patch_identity, patch_metadata, publish, write_request
+from xenctypes.errors import StepError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -372,15 +374,63 @@ def test_guests_ping_each_other(make: Callable[..., Guest]) -> None:
 
 
 @pytest.mark.usefixtures("network")
-def test_sixteen_vifs(make: Callable[..., Guest]) -> None:
+def test_sixteen_vifs_and_all_metadata_in_four_mebibytes(
+    make: Callable[..., Guest], tmp_path: Path
+) -> None:
+    blob = tmp_path / "blob"
+    blob.write_bytes(random.Random(1).randbytes(32768).hex().encode())
     addresses = range(40, 56)
-    guest = ready(
-        make("daytime", "", vifs(*(vif(last) for last in addresses)), "memory=8", name="sixteen")
-    )
+    more = [vifs(*(vif(last) for last in addresses)), f'noxs_metadata_file="{blob}"']
+    guest = ready(make("daytime", "", *more, "memory=4", name="sixteen"))
     assert "daytime: 16 interfaces" in guest.said()
     # Dom0 has one address on that link: each vif answers for its own.
     for last in addresses:
         assert " 3 received" in ping(f"10.77.0.{last}", 3), guest.said()
+
+
+@pytest.mark.usefixtures("network")
+def test_too_little_memory_says_how_much_would_do(
+    make: Callable[..., Guest], tmp_path: Path
+) -> None:
+    """Too little for the first mapping of all, and for what is at the top of memory."""
+    with pytest.raises(StepError, match="its first mapping needs 4 MiB") as caught:
+        make("hello", "", vifs("bridge=xenbr0"), "memory=1", name="tiny")
+    assert caught.value.hint == "raise memory= to 4 or more"
+    blob, ramdisk = tmp_path / "blob", tmp_path / "ramdisk"
+    blob.write_bytes(b"x" * abi.MAX_METADATA)
+    # libxenguest rounds the mapping up, with 512 KiB to spare: this is short of that by 60 KiB.
+    image = Path("guests/build/hello.elf").read_bytes()
+    ramdisk.write_bytes(bytes((3584 - 60 << 10) - end_of_image(image)))
+    more = [f'noxs_metadata_file="{blob}"', f'ramdisk="{ramdisk}"']
+    more.append(vifs(*["bridge=xenbr0"] * 12))
+    with pytest.raises(StepError, match="need 548 KiB beside the image") as caught:
+        make("hello", "", *more, "memory=4", name="short")
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint == "raise memory= to 5 or more"
+    ready(make("hello", "", *more, "memory=5", name="enough"))
+
+
+def end_of_image(image: bytes) -> int:
+    """Where the last loaded segment of a 64-bit ELF image ends, from the start of memory."""
+    table, size, count = (
+        struct.unpack_from(f, image, at)[0] for f, at in (("<Q", 32), ("<H", 54), ("<H", 56))
+    )
+    rows = [struct.unpack_from("<IIQQQQQQ", image, table + size * row) for row in range(count)]
+    return max(paddr + memsz for kind, _, _, _, paddr, _, memsz, _ in rows if kind == 1)
+
+
+@pytest.mark.usefixtures("network")
+def test_the_mtu_is_the_bridge_s(make: Callable[..., Guest]) -> None:
+    bridge = ["ip", "link", "add", "small0", "mtu", "1400", "type", "bridge"]
+    subprocess.run(bridge, check=True)
+    try:
+        guest = ready(make("hello", "show=page", vifs("bridge=small0")))
+        assert " mtu=1400 " in guest.said()
+        interface = Path(f"/sys/class/net/vif{guest.creation.domid}.0")
+        assert (interface / "mtu").read_text() == "1400\n"
+        assert (interface / "master").resolve().name == "small0"
+    finally:
+        subprocess.run(["ip", "link", "del", "small0"], check=True)
 
 
 @pytest.mark.usefixtures("network")

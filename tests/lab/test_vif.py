@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from command import chaos
+from daemons import end, ensure_xendevd, wait_for, xendevd_pid
 
 from chaos import config as configuration
+from chaos import vif as vifs
 from chaos.builder import Builder
 from chaos.create import CREATE_STEPS, Creation
+from chaos.destroy import destroy
+from chaos.domains import find
 from chaos.host import Host
 from chaos.registry import Registry
 from noxs.bus import Bus
+from noxs.session import Session
 from xenctypes.errors import StateError, StepError
 
 if TYPE_CHECKING:
@@ -297,4 +302,168 @@ def test_without_netback_it_says_so(traces: Traces) -> None:
         assert "netback is not loaded" in failed.stderr
     finally:
         subprocess.run(["modprobe", "xen-netback"], check=True)
+    traces.gone()
+
+
+@pytest.mark.anyhost
+def test_one_vifname_twenty_times(traces: Traces) -> None:
+    config, _ = configuration.load(DAYTIME, [vif(2, "vifname=uplink")])
+    names = Registry()
+    with Host() as host, Builder() as builder:
+        for _ in range(20):
+            Creation(config, host, builder, names).run().close()
+            assert Path("/sys/class/net/uplink/brport").exists()
+            destroy(host, names, find(host, names, "daytime"))
+            assert not Path("/sys/class/net/uplink").exists()
+    traces.gone()
+
+
+def command(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.anyhost
+def test_guests_on_open_vswitch(traces: Traces, openvswitch: str) -> None:
+    """One beside Dom0's own port, two in VLAN 20, where Dom0 has a port too."""
+    access = ["lan20", "tag=20", "--", "set", "interface", "lan20", "type=internal"]
+    command("ovs-vsctl", "add-port", openvswitch, *access)
+    for device, address in ((openvswitch, "10.78.0.1/24"), ("lan20", "10.79.0.1/24")):
+        command("ip", "addr", "add", address, "dev", device)
+        command("ip", "link", "set", device, "up")
+    guests = {
+        "plain": "bridge=ovs0,ip=10.78.0.2/24",
+        "tagged": "bridge=ovs0.20,ip=10.79.0.2/24",
+        "scripted": "script=vif-openvswitch,bridge=ovs0.20:30:40,ip=10.79.0.3/24",
+    }
+    with Host() as host, Builder() as builder:
+        for name, text in guests.items():
+            config, _ = configuration.load(DAYTIME, [f'name="{name}"', f"vif=['{text}']"])
+            Creation(config, host, builder, Registry()).run().close()
+    for address in ("10.78.0.2", "10.79.0.2", "10.79.0.3"):
+        assert " 5 received" in ping(address, 5), address
+    domid = chaos("domid", "scripted").stdout.strip()
+    port = f"vif{domid}.0"
+    columns = [command("ovs-vsctl", "get", "port", port, c) for c in ("tag", "trunks", "vlan_mode")]
+    assert columns == ["20\n", "[30, 40]\n", "native-untagged\n"]
+    failed = chaos("create", DAYTIME, 'name="x"', "vif=['bridge=ovs9:20']", check=False)
+    assert "there is no bridge 'ovs9:20'" in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    chaos("destroy", "--all")
+    wait_for(
+        lambda: command("ovs-vsctl", "list-ports", openvswitch) == "lan20\n", "ports stay behind"
+    )
+    traces.gone()
+
+
+def test_without_open_vswitch_it_says_so(traces: Traces) -> None:
+    failed = chaos("create", DAYTIME, "vif=['bridge=ovs0:20']", check=False)
+    assert failed.returncode == 1
+    assert 'there is no Open vSwitch for bridge "ovs0:20"' in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    traces.gone()
+
+
+@pytest.mark.anyhost
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_xendevd_is_killed_while_a_create_waits(traces: Traces, comes_back: bool) -> None:
+    before = set(os.listdir("/sys/class/net"))
+    xendevd = xendevd_pid()
+    os.kill(xendevd, signal.SIGSTOP)
+    create = subprocess.Popen(["chaos", "create", "-q", DAYTIME], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: set(os.listdir("/sys/class/net")) - before, "there is no vif")
+        end(xendevd, signal.SIGKILL)
+        if comes_back:
+            ensure_xendevd()
+        said = create.communicate(timeout=PATIENCE)[1]
+    finally:
+        ensure_xendevd()
+    if comes_back:
+        assert (create.returncode, said) == (0, "")
+        assert " 3 received" in ping("10.77.0.2", 3)
+    else:
+        assert create.returncode == 1
+        assert "vif 0: xendevd ended before it was plugged (start it" in said
+        assert said.count("\n") == 1
+        traces.gone()
+
+
+class Interruption:
+    """Has something done at one boundary between requests to the bus: the ``at``-th, from 0.
+
+    Before an even one is sent, and between the sending of an odd one and its reply.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+        self.act = act
+        self.count = 0
+        self.at = -1
+        send = Session._send
+
+        def interrupted(session: Session, data: bytes) -> None:
+            due, self.count = self.count == self.at, self.count + 1
+            if due and not self.at % 2:
+                self.act()
+            send(session, data)
+            if due and self.at % 2:
+                self.act()
+
+        patch.setattr(Session, "_send", interrupted)
+
+    def during(self, at: int, function: Callable[[], Any]) -> Any:
+        """Call the function; its value. ``count`` then says how many boundaries there were."""
+        self.count, self.at = 0, at
+        value = function()
+        self.at = -1
+        return value
+
+
+STRIDE = 3  # odd, so that both ends of a request have their turn; 1 is every boundary
+
+
+def test_a_kill_of_the_bus_between_requests(
+    traces: Traces, restart_noxsd: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vifs of an empty shell are connected and disconnected; noxsd is killed once in each."""
+    first = [step.name for step in CREATE_STEPS].index("connect vifs")
+    config, _ = configuration.load(DAYTIME)
+    interruption = Interruption(monkeypatch, restart_noxsd)
+    with Host() as host, Builder() as builder:
+        creation = Creation(config, host, builder, Registry()).run(CREATE_STEPS[:first])
+        bus, domid, prepared = host.bus, creation.domid, creation.vifs
+        try:
+            at, boundaries = 0, 1
+            while at < boundaries:  # a round that kills nothing is the last
+                vifs.seed(host, domid, prepared)
+                connected = interruption.during(
+                    at, lambda: vifs.connect(bus, domid, "daytime", prepared)
+                )
+                boundaries = interruption.count
+                assert [made.mtu for made in connected] == [1500]
+                assert Path(f"/sys/class/net/vif{domid}.0/brport").exists()
+                interruption.during(at, lambda: vifs.disconnect_all(bus, domid))
+                boundaries = max(boundaries, interruption.count)
+                assert not Path(f"/sys/class/net/vif{domid}.0").exists()
+                assert not bus.exists(f"/local/domain/{domid}")
+                at += STRIDE
+        finally:
+            assert creation.undo() == []
+            creation.close()
+    traces.gone()
+
+
+@pytest.mark.xenstored
+def test_xl_knows_the_names(traces: Traces) -> None:
+    for name, file in (("daytime", DAYTIME), ("hello", "examples/hello.cfg")):
+        chaos("create", "-q", file)
+        domid = chaos("domid", name).stdout.strip()
+        rows = [line.split()[:2] for line in command("xl", "list").splitlines()]
+        assert [name, domid] in rows
+        assert command("xl", "domid", name).strip() == domid
+    chaos("rename", "hello", "hello-again")
+    assert command("xl", "domid", "hello-again").strip() == domid
+    for name in ("daytime", "hello-again"):
+        chaos("destroy", name)
+    assert "(null)" not in command("xl", "list")
     traces.gone()

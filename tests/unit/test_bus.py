@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import shutil
 import signal
 import socket
@@ -255,6 +256,138 @@ def test_a_transaction_is_lost_with_the_server_and_repeated(noxsd: Noxsd, bus: B
 
     assert bus.transact(function) == "2"
     assert bus.read("/t") == "2"
+
+
+class LosesReplies:
+    """A way to noxsd on which the replies to commits get lost, and the connection with them.
+
+    ``lose`` says how many; ``arrive`` whether those commits reach noxsd at all.
+    """
+
+    def __init__(self, noxsd: Noxsd, directory: Path, *, lose: int, arrive: bool = True) -> None:
+        self.noxsd, self.lose, self.arrive = noxsd, lose, arrive
+        self.path = str(directory / "way")
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen()
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def serve(self) -> None:
+        while True:
+            try:
+                client = self.listener.accept()[0]
+            except OSError:
+                return
+            with client, raw(self.noxsd) as server:
+                self.carry(client, server)
+
+    def carry(self, client: socket.socket, server: socket.socket) -> None:
+        requests, replies = wire.Decoder(), wire.Decoder()
+        lost = -1
+        while True:
+            for source in select.select([client, server], [], [])[0]:
+                data = source.recv(1 << 16)
+                if not data:
+                    return
+                if source is server:
+                    messages = replies.feed(data)
+                    if any(message[1] == lost for message in messages):
+                        return
+                    client.sendall(b"".join(wire.pack(*message) for message in messages))
+                    continue
+                for message in requests.feed(data):
+                    if (message[0], message[3]) == (wire.TRANSACTION_END, b"T\0") and self.lose:
+                        self.lose -= 1
+                        if not self.arrive:
+                            return
+                        lost = message[1]
+                    server.sendall(wire.pack(*message))
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join()
+
+
+@pytest.mark.parametrize("arrive", [True, False])
+def test_a_commit_without_a_reply_is_neither_repeated_nor_a_success(
+    noxsd: Noxsd, tmp_path: Path, arrive: bool
+) -> None:
+    way = LosesReplies(noxsd, tmp_path, lose=1, arrive=arrive)
+    tries = []
+
+    def add(tx: Any) -> None:
+        tries.append(1)
+        tx.write("/n", int(tx.get("/n", "0")) + 1)
+
+    with Bus.connect(way.path, patience=10) as bus:
+        with pytest.raises(BusError, match="does not tell whether it was done") as caught:
+            bus.transact(add)
+        assert caught.value.errno == errno.ECONNABORTED
+        assert tries == [1]
+        # The connection works again, and the caller can look.
+        assert bus.get("/n") == ("1" if arrive else None)
+        bus.transact(add)
+        assert bus.get("/n") == ("2" if arrive else "1")
+    way.close()
+
+
+def test_a_commit_that_looks_first_is_repeated_and_counts_once(
+    noxsd: Noxsd, tmp_path: Path
+) -> None:
+    way = LosesReplies(noxsd, tmp_path, lose=3)
+    seen = []
+
+    def add_once(tx: Any) -> str:
+        seen.append(tx.get("/once"))
+        if seen[-1] is None:
+            tx.write("/once", "mine")
+            tx.write("/n", int(tx.get("/n", "0")) + 1)
+        return "done"
+
+    with Bus.connect(way.path, patience=10) as bus:
+        assert bus.transact(add_once, repeatable=True) == "done"
+        assert seen == [None, "mine", "mine", "mine"]
+        assert bus.read("/n") == "1"
+        way.lose = 5
+        with pytest.raises(BusError, match="does not tell"):
+            bus.transact(add_once, 5, repeatable=True)
+    way.close()
+
+
+def test_a_commit_that_never_left_is_repeated(noxsd: Noxsd, bus: Bus) -> None:
+    """The server is gone before the commit: nothing can have been done."""
+    tries = []
+
+    def add(tx: Any) -> None:
+        tries.append(1)
+        tx.write("/n", int(tx.get("/n", "0")) + 1)
+        if len(tries) == 1:
+            noxsd.kill()
+            noxsd.start()
+
+    bus.transact(add)
+    assert len(tries) == 2
+    assert bus.read("/n") == "1"
+
+
+def test_a_commit_that_takes_too_long_is_an_error(noxsd: Noxsd) -> None:
+    with Bus.connect(noxsd.socket, patience=0.3) as bus:
+        tries = []
+
+        def stall(tx: Any) -> None:
+            tries.append(1)
+            tx.write("/n", len(tries))
+            noxsd.process.send_signal(signal.SIGSTOP)
+
+        try:
+            with pytest.raises(BusError, match="no answer") as caught:
+                bus.transact(stall)
+        finally:
+            noxsd.process.send_signal(signal.SIGCONT)
+        assert caught.value.errno == errno.ETIMEDOUT
+        assert tries == [1]
 
 
 def test_a_gone_server_is_an_error_after_a_while(noxsd: Noxsd) -> None:

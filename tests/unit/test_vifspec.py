@@ -76,8 +76,24 @@ def test_open_vswitch_bridges_carry_tags() -> None:
     vif, _ = parse_vif("script=vif-openvswitch,bridge=ovs0.10:20:30")
     assert vif.openvswitch
     assert vif.bridge == "ovs0.10:20:30"
-    with pytest.raises(ConfigError, match="no name of an interface"):
-        parse_vif("bridge=ovs0:20")
+
+
+@pytest.mark.parametrize(
+    ("text", "only"),
+    [
+        ("bridge=ovs0", False),
+        ("bridge=ovs0.20", False),
+        ("bridge=ovs0:20", True),
+        ("bridge=ovs0.20:30:40", True),
+        ("bridge=a-bridge-of-15-.4000", True),
+        ("bridge=ovs0,script=vif-openvswitch", True),
+        ("bridge=ovs0,script=/etc/xen/scripts/vif-openvswitch", True),
+        ("bridge=ovs0.20,script=vif-bridge", False),
+        ("bridge=ovs0.20,vlan=30", False),
+    ],
+)
+def test_the_bridge_or_the_script_asks_for_open_vswitch(text: str, only: bool) -> None:
+    assert parse_vif(text)[0].openvswitch is only
 
 
 @pytest.mark.parametrize(
@@ -92,6 +108,11 @@ def test_open_vswitch_bridges_carry_tags() -> None:
         ("bridge=", "no name of an interface", 1),
         ("bridge=a/b", "no name of an interface", 1),
         ("bridge=sixteen-letters-", "no name of an interface", 1),
+        ("bridge=sixteen-letters-.5", "no name of an interface", 1),
+        ("script=vif-bridge,bridge=ovs0:20", "no name of an interface", 19),
+        ("bridge=ovs0:20:", "no name of an interface", 1),
+        ("bridge=ovs0:4096", "a VLAN above 4095", 1),
+        ("bridge=ovs0.5:20,vlan=7", "name VLANs", 18),
         ("bridge=x,vifname=a b", "no name of an interface", 10),
         ("vifname=..", "no name of an interface", 1),
         ("mtu=67", "mtu 67 is not within 68 to 65517", 1),

@@ -56,6 +56,15 @@ def test_bridge_names_of_open_vswitch(bridge: str, name: str, vlans: Vlans | Non
     assert plan(bridge=bridge).openvswitch is (True if ":" in bridge else None)
 
 
+def test_a_bridge_with_a_dot() -> None:
+    """Linux's or Open vSwitch's, as the host has it; unless it says VLANs twice, or is too long."""
+    both = plan(bridge="br0.5", vlan="7")
+    assert (both.openvswitch, both.ovs_bridge) == (None, "")
+    assert both.vlans == Vlans(7, frozenset({7}))
+    long = plan(bridge="a-bridge-of-15-.4000")
+    assert (long.openvswitch, long.ovs_bridge) == (True, "a-bridge-of-15-")
+
+
 @pytest.mark.parametrize(
     ("nodes", "why"),
     [
@@ -66,6 +75,7 @@ def test_bridge_names_of_open_vswitch(bridge: str, name: str, vlans: Vlans | Non
         ({"bridge": "br0:x", "script": "vif-openvswitch"}, "is not of the form"),
         ({"bridge": "br0.5000", "script": "vif-openvswitch"}, "VLANs are within"),
         ({"bridge": "br0.5", "vlan": "7", "script": "vif-openvswitch"}, "both bridge"),
+        ({"bridge": "br0:5", "vlan": "7"}, "both bridge"),
         ({"vifname": "eth%d"}, "no name for a network interface"),
         ({"vifname": "a/b"}, "no name for a network interface"),
         ({"vifname": "é"}, "no name for a network interface"),
