@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import select
 import signal
@@ -291,7 +292,7 @@ def _serve(channel: socket.socket) -> None:
                 reply = {"ok": _answer(ctrl, builds, msgpack.unpackb(message), fds)}
             except CallFailed as error:
                 kind = "image" if error.function in IMAGE_CALLS else "xen"
-                reply = {"error": [kind, _explain(error), error.hint]}
+                reply = {"error": [kind, *explain(error)]}
             except ChaosError as error:
                 reply = {"error": ["xen", error.message, error.hint]}
             except Exception as error:  # noqa: BLE001 - the parent must hear of it
@@ -308,10 +309,19 @@ IMAGE_CALLS = frozenset(
 )
 
 
-def _explain(error: CallFailed) -> str:
-    if error.function in IMAGE_CALLS:
-        return f"not a bootable image: {error.detail or error.message}"
-    return error.message
+# The last page of what a PV guest starts with (count_pgtables in xg_dom_x86.c): at least 4 MiB.
+TOO_SMALL = re.compile(r"not enough memory for initial mapping \(0x([0-9a-f]{1,9}) >")
+
+
+def explain(error: CallFailed) -> tuple[str, str]:
+    """What to tell of a failed call of libxenguest's: the message and the hint."""
+    if error.function not in IMAGE_CALLS:
+        return error.message, error.hint
+    small = TOO_SMALL.search(error.detail)
+    if small:
+        mib = (int(small[1], 16) >> 8) + 1
+        return f"its first mapping needs {mib} MiB", f"raise memory= to {mib} or more"
+    return f"not a bootable image: {error.detail or error.message}", error.hint
 
 
 def _answer(
@@ -391,12 +401,9 @@ def _check_reserved(build: DomBuilder, reserved: int) -> None:
     if build.flags & SIF_MOD_START_PFN:
         end = build.pfn_alloc_end
     if reserved and end > build.total_pages - reserved:
-        short = end - (build.total_pages - reserved)
-        raise CallFailed(
-            "xc_dom_build_image",
-            0,
-            f"its devices and metadata leave it {short} pages short",
-            hint="raise memory=",
+        raise XenError(
+            f"its devices and metadata need {reserved << 2} KiB beside the image",
+            hint=f"raise memory= to {_mib_for(end + reserved)} or more",
         )
 
 
@@ -414,6 +421,14 @@ def load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:
     except MemoryError:
         cause = "it takes more memory to unpack than a kernel may"
         raise CallFailed("xc_dom_build_image", 0, cause) from None
+
+
+def _mib_for(pages: int) -> int:
+    """MiB of a guest in which so many pages have room, counted at its present size.
+
+    A MiB more makes its p2m list (8 bytes for each page) and page tables longer by a page at most.
+    """
+    return -(-(pages + 2) // 255)
 
 
 def _load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:

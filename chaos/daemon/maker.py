@@ -76,8 +76,8 @@ class LocalBuilder:
             return builder.load(build, {"ramdisk": ramdisk is not None, **rest}, fds)
         except CallFailed as error:
             if error.function in builder.IMAGE_CALLS:
-                why = error.detail or error.message
-                raise ImageError(f"not a bootable image: {why}", hint=error.hint) from error
+                cause, hint = builder.explain(error)
+                raise ImageError(cause, hint=hint) from error
             raise
         finally:
             build.release()

@@ -7,13 +7,13 @@ import gzip
 import os
 import resource
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from chaos import builder
 from xenctypes.ctrl import Xenctrl
-from xenctypes.errors import CallFailed
+from xenctypes.errors import CallFailed, XenError
 from xenctypes.guest import DomBuilder
 
 if TYPE_CHECKING:
@@ -102,3 +102,38 @@ def test_libxenguest_s_allocations_fail_in_the_end() -> None:
 )
 def test_a_kernel_is_hardly_larger_than_its_guest(size: int, pages: int, most: int) -> None:
     assert builder._kernel_max(size, pages) == most
+
+
+class Built:
+    """A built image: what of DomBuilder says where it ends."""
+
+    def __init__(self, end: int, mib: int) -> None:
+        self.bootstack_pfn = end - 1
+        self.total_pages = mib << 8
+        self.flags = 0
+
+
+@pytest.mark.parametrize(
+    ("end", "enough"), [(847, None), (848, 5), (1024, 5), (1100, 6), (4000, 17)]
+)
+def test_what_is_too_little_memory_says_what_is_enough(end: int, enough: int | None) -> None:
+    built: Any = Built(end, 4)
+    if enough is None:
+        builder._check_reserved(built, 177)
+        return
+    with pytest.raises(XenError, match="devices and metadata need 708 KiB") as caught:
+        builder._check_reserved(built, 177)
+    assert caught.value.hint == f"raise memory= to {enough} or more"
+    # A MiB more makes its tables a page longer, at most.
+    more: Any = Built(end + enough - 4, enough)
+    builder._check_reserved(more, 177)
+
+
+def test_too_little_for_the_first_mapping_is_no_fault_of_the_image() -> None:
+    detail = "count_pgtables: not enough memory for initial mapping (0x3ff > 0x100): Out of memory"
+    assert builder.explain(CallFailed("xc_dom_build_image", 0, detail)) == (
+        "its first mapping needs 4 MiB",
+        "raise memory= to 4 or more",
+    )
+    failed = CallFailed("xc_dom_parse_image", 0, "no loader")
+    assert builder.explain(failed) == ("not a bootable image: no loader", "")
