@@ -6,7 +6,7 @@ import uuid as uuid_module
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chaos import vif
+from chaos import vif, xenstored
 from chaos.domains import shutdown_name
 from xenctypes.errors import StateError
 
@@ -67,4 +67,5 @@ def set_aside(host: Host, names: Registry, uuid: str) -> str:
         kept = uuid_module.uuid4()
         host.ctrl.domain_sethandle(record.domid, kept.bytes)
         names.rekey(entry, record, str(kept), names.free_name(record.name))
+        xenstored.announce(host, record.domid, record.name)
     return str(kept)

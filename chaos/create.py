@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from chaos import image, registry, vif
+from chaos import image, registry, vif, xenstored
 from chaos.devicepage import DevicePage
 from chaos.domains import reap
 from chaos.signals import held
@@ -74,6 +74,7 @@ class Creation:
     macs: list[bytes] = field(default_factory=list)
     vifs: list[vif.PreparedVif] = field(default_factory=list)
     connecting: bool = False  # the bus may know of the vifs
+    announced: bool = False  # xenstored may know of the domain
     page: DevicePage | None = None
     ready_ms: float | None = None
     unpaused_ns: int = 0
@@ -375,6 +376,17 @@ def _record(creation: Creation) -> None:
     entry.write(record)
 
 
+def _announce(creation: Creation) -> None:
+    creation.announced = True
+    xenstored.announce(creation.host, creation.domid, creation.config.name)
+
+
+def _withdraw(creation: Creation) -> None:
+    if creation.announced:
+        xenstored.withdraw(creation.host, creation.domid)
+        creation.announced = False
+
+
 def _unpause(creation: Creation) -> None:
     creation.host.ctrl.domain_unpause(creation.domid)
     creation.unpaused_ns = perf_counter_ns()
@@ -394,6 +406,7 @@ CREATE_STEPS: tuple[Step[Creation], ...] = (
     Step("load image", EXECUTE, IMAGE, _load),
     Step("write page", EXECUTE, TOOLSTACK, _write_page, _close_page),
     Step("record", EXECUTE, TOOLSTACK, _record),
+    Step("announce", EXECUTE, BUS, _announce, _withdraw),
     Step("unpause", EXECUTE, HYPERVISOR, _unpause),
 )
 UNPAUSED_STEPS = CREATE_STEPS[:-1]

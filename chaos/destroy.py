@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chaos import registry, vif
+from chaos import registry, vif, xenstored
 from xenctypes.errors import ChaosError, StateError
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ def end(host: Host, info: DomainInfo, record: Record) -> None:
             vif.disconnect_all(host.bus, info.domid)
         except ChaosError as error:
             failure = error
+    try:
+        xenstored.withdraw(host, info.domid)
+    except ChaosError as error:
+        failure = failure or error
     if not info.dying:
         host.ctrl.domain_destroy(info.domid)
     if failure is not None:

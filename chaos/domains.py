@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid as uuid_module
 from typing import TYPE_CHECKING, NamedTuple
 
-from chaos import registry, vif
+from chaos import registry, vif, xenstored
 from chaos.destroy import end
 from xenctypes.errors import BusError, ChaosError, StateError
 
@@ -188,8 +188,10 @@ def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) ->
         record = record or registry.Record(uuid=uuid, name="")
         if info is not None:
             end(host, info, record)
-        elif record.macs and record.domid > 0 and host.ctrl.domain_info(record.domid) is None:
-            vif.disconnect_all(host.bus, record.domid)
+        elif record.domid > 0 and host.ctrl.domain_info(record.domid) is None:
+            if record.macs:
+                vif.disconnect_all(host.bus, record.domid)
+            xenstored.withdraw(host, record.domid)
         names.forget(entry, record)
         return 1
 

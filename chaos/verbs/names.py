@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chaos import xenstored
 from chaos.config import check_name
 from chaos.domains import find, owned
 from xenctypes.errors import StateError
@@ -47,6 +48,7 @@ def _rename(call: Invocation) -> int:
             raise StateError(f'domain "{domain.name}" is gone')
         if record.name != name:
             call.names.rename(entry, record, name)
+            xenstored.announce(call.host, domain.domid, name)
             if call.daemon is not None:
                 call.daemon.renamed(domain.uuid, name)
     return 0
