@@ -341,12 +341,13 @@ class Daemon:
         """Keep in the record when the guest was ready."""
 
         def work(_host: Host, names: Registry) -> None:
-            with contextlib.suppress(StateError), names.entry(guest.uuid) as entry:
-                entry.lock(wait=True)  # a rename may be under way, or its end
+            # Not the domain's own lock, which a destroy would take for somebody else's work: a
+            # rename holds this one too, and of a domain that goes meanwhile nothing is left.
+            with contextlib.suppress(FileNotFoundError), names.locked():
                 record = names.read(guest.uuid)
                 if record is not None:
                     record.ready_ms = guest.ready_ms
-                    entry.write(record)
+                    names.entry(guest.uuid).write(record)
 
         self.spawn(self.in_thread(work))
 

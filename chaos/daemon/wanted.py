@@ -139,7 +139,10 @@ class Reader:
         if cached is not None and cached[0] == identity:
             self._cache.move_to_end(key)
             return cached[1]
-        config, warnings = configuration.load(path, overrides, directory=directory, regular=True)
+        text = self._text(peer, full, path, identity)
+        config, warnings = configuration.interpret(
+            text, path, overrides, directory=directory, regular=True
+        )
         wanted = want(config, warnings)
         if not config.metadata_file:  # that may change by itself
             self._cache[key] = identity, wanted

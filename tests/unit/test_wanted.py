@@ -33,6 +33,13 @@ def test_what_is_the_same_is_read_once(config: Path) -> None:
     assert reader.read(MINE, str(config.parent), "a.cfg", []).config.name == "b"
 
 
+def test_a_file_s_text_is_read_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader()
+    reader.read(MINE, str(config.parent), "a.cfg", ["memory=5"])
+    monkeypatch.setattr(os, "open", None)
+    assert reader.read(MINE, str(config.parent), "a.cfg", ["memory=6"]).config.memory == 6
+
+
 def test_a_name_alone_costs_no_reading(config: Path) -> None:
     reader = Reader()
     base = reader.read(MINE, str(config.parent), str(config), [])
