@@ -34,7 +34,10 @@ QUESTIONS = {
 }
 """Xen's debug keys for a Dom0 that does nothing any more."""
 
-ANSWER_SECONDS = 15.0
+ANSWER_SECONDS = 20.0
+QUIET_SECONDS = 4.0
+"""A Xen that gets few interrupts says little at a time."""
+
 ANSWER_BYTES = 48 << 10
 
 
@@ -83,7 +86,7 @@ class SerialLog:
             with contextlib.suppress(OSError):
                 xen.connect(str(line))
                 xen.sendall(TO_XEN + "".join(QUESTIONS).encode())
-                self._settle(ANSWER_SECONDS)
+                self._settle(ANSWER_SECONDS, quiet=QUIET_SECONDS)
         with contextlib.suppress(OSError), self._path.open("rb") as log:
             log.seek(start)
             answer = log.read(ANSWER_BYTES).decode(errors="replace").replace("\r", "")
@@ -92,12 +95,12 @@ class SerialLog:
             )
         return before
 
-    def _settle(self, limit: float) -> None:
-        """Wait until the log has not grown for a moment, or ``limit`` seconds."""
+    def _settle(self, limit: float, *, quiet: float = 0.3) -> None:
+        """Wait until the log has not grown for ``quiet`` seconds, or ``limit`` seconds."""
         deadline = time.monotonic() + limit
         size = -1
         while size != (size := self._size()) and time.monotonic() < deadline:
-            time.sleep(0.5)
+            time.sleep(quiet)
 
     def tail(self) -> str:
         """Return the last lines, once the dying machine has no more to say (or after 2 s)."""
