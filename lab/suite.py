@@ -5,8 +5,8 @@ says which those are), and not at all if there are none. Everything runs on the 
 the others, unless they are asked for by name, what is marked ``every_release`` runs, on one kind of
 host.
 
-A lab keeps one processor busy: where there are two, and memory for two labs, two parts run at a
-time, each in a lab of its own name. What they print is shown part by part.
+One lab runs at a time; the linters and the unit tests run beside the first of them where there are
+two processors. What they print is shown part by part.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lab import cache, debian, machine
+from lab import cache, debian
 from lab.errors import ChaosError, LabError
 from lab.progress import say
 from lab.release import RELEASES
@@ -26,8 +26,6 @@ from lab.release import RELEASES
 PARTS = ("lint", "unit", "machine", "lab")
 HOSTS = {"noxs": [], "xenstored": ["--xenstored"], "systemd": ["--init", "systemd"]}
 LAB_SECONDS = 2400
-MEMORY_BESIDE = 4 << 30
-"""What must be left beside the labs: their emulators, the linters, everything else."""
 NO_TESTS = 5
 """pytest's exit status when it selected nothing."""
 
@@ -39,6 +37,11 @@ class Part:
     name: str
     command: list[str]
     may_be_empty: bool = False
+
+    @property
+    def boots(self) -> bool:
+        """Whether it boots labs."""
+        return self.name.startswith(("lab ", "machine"))
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=(1, 2),
         metavar="N",
-        help="parts that run at a time, 1 or 2 (default: what this machine has room for)",
+        help="parts that run at a time, 1 or 2 (default: 2 where there are two processors)",
     )
     parser.add_argument("-k", metavar="EXPR", help="only tests that match, as pytest has it")
     parser.add_argument("-x", action="store_true", help="each part stops at its first failure")
@@ -145,8 +148,7 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
 
 def _lanes() -> int:
     """How many parts this machine can run at a time."""
-    room = machine.available() >= 2 * machine.Options().memory + MEMORY_BESIDE
-    return 2 if room and (os.cpu_count() or 1) > 1 else 1
+    return 2 if (os.cpu_count() or 1) > 1 else 1
 
 
 def _wanted(host: str) -> bool:
@@ -165,15 +167,13 @@ class _Runner:
         self._kept: dict[str, list[bytes]] = {part.name: [] for part in parts}
         self._done: dict[str, Result] = {}
         self._lock = threading.Lock()
+        self._lab_runs = False
         self._processes: set[subprocess.Popen[bytes]] = set()
 
     def run(self, lanes: int) -> list[Result]:
         """Run all parts; their results in the order in which they were given."""
         parts = list(self._order)
-        threads = [
-            threading.Thread(target=self._lane, args=(f"test-{lane}" if lanes > 1 else "",))
-            for lane in range(1, lanes + 1)
-        ]
+        threads = [threading.Thread(target=self._lane) for _ in range(lanes)]
         for thread in threads:
             thread.start()
         try:
@@ -189,21 +189,27 @@ class _Runner:
             raise
         return [self._done[part.name] for part in parts]
 
-    def _lane(self, lab: str) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    return
-                part = self._waiting.pop()
-            result = self._run(part, lab)
+    def _lane(self) -> None:
+        while (part := self._next()) is not None:
+            result = self._run(part)
             if result.status == LabError.exit_code and part.name.startswith("lab "):
                 # The lab itself broke, which says nothing about the tests.
                 again = f"{part.name}: the lab broke down (above); one more try in a new boot"
                 self._show(part, f"lab: {again}\n".encode())
-                result = self._run(part, lab)
+                result = self._run(part)
             self._end(part, result)
 
-    def _run(self, part: Part, lab: str) -> Result:
+    def _next(self) -> Part | None:
+        """The next part that may begin: of those that boot labs, one at a time."""
+        with self._lock:
+            for part in reversed(self._waiting):
+                if not (part.boots and self._lab_runs):
+                    self._waiting.remove(part)
+                    self._lab_runs = self._lab_runs or part.boots
+                    return part
+        return None  # what is left is for the lane that has the lab
+
+    def _run(self, part: Part) -> Result:
         start = time.monotonic()
         closing = ""
         self._show(part, f"\n{'=' * 8} {part.name}: {' '.join(part.command)}\n".encode())
@@ -212,7 +218,6 @@ class _Runner:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | ({"CHAOS_LAB": lab} if lab else {}),
         ) as process:
             with self._lock:
                 self._processes.add(process)
@@ -237,6 +242,8 @@ class _Runner:
 
     def _end(self, part: Part, result: Result) -> None:
         with self._lock:
+            if part.boots:
+                self._lab_runs = False
             self._done[part.name] = result
             while self._order and self._order[0].name in self._done:
                 del self._order[0]

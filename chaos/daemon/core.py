@@ -156,9 +156,7 @@ class Daemon:
             now = self.loop.time()
             if now >= due:
                 due = now + MAC_REFRESH
-                with contextlib.suppress(ChaosError, OSError):
-                    macs = await self.in_thread(lambda host, _: vif.taken_macs(host.bus))
-                    self._dom0_macs = frozenset(macs)
+                await self._refresh_macs()
             await asyncio.sleep(TICK)
             self.guests.notice_others()
 
@@ -166,15 +164,29 @@ class Daemon:
 
     async def create(self, wanted: Wanted, peer: Peer = ROOT, *, paused: bool = False) -> Delivery:
         """A guest of the wanted configuration, from the pool or made now. ChaosError."""
+        if self._mac_seems_taken(wanted):
+            await self._refresh_macs()  # whoever had it may be gone
         shell = self._from_pool(wanted, peer)
         if shell is None:
             shell = await self._made(wanted, peer)
         return self._deliver(shell, wanted, peer, paused=paused)
 
     def create_now(self, wanted: Wanted, peer: Peer, *, paused: bool = False) -> Delivery | None:
-        """The same from a warm shell; None if there is none. ChaosError."""
+        """The same from a warm shell; None if there is none, or to find out more. ChaosError."""
+        if self._mac_seems_taken(wanted):
+            return None
         shell = self._from_pool(wanted, peer)
         return None if shell is None else self._deliver(shell, wanted, peer, paused=paused)
+
+    def _mac_seems_taken(self, wanted: Wanted) -> bool:
+        taken = self._dom0_macs
+        return any(config.mac_text in taken for config in wanted.config.vifs if config.mac)
+
+    async def _refresh_macs(self) -> None:
+        """Look at the addresses that Dom0 and other toolstacks' guests have."""
+        with contextlib.suppress(ChaosError, OSError):
+            macs = await self.in_thread(lambda host, _: vif.taken_macs(host.bus))
+            self._dom0_macs = frozenset(macs)
 
     def _from_pool(self, wanted: Wanted, peer: Peer) -> Shell | None:
         return self.pool.take(wanted.shape, wanted.key(peer), wanted.pages)

@@ -50,6 +50,14 @@ vif = ["bridge=xenbr0"]
 kernel = "{GUESTS}/daytime.elf"
 size = 2
 """
+ONE = f"""
+[[flavour]]
+name = "daytime"
+memory = 4
+vif = ["bridge=xenbr0"]
+kernel = "{GUESTS}/daytime.elf"
+size = 1
+"""
 NONE = "[pool]\nadaptive = false\n"
 
 pytestmark = pytest.mark.usefixtures("network")
@@ -124,7 +132,10 @@ def test_guests_from_the_pool(host: Host, nothing_left: None) -> None:
 
 def test_every_combination_gets_what_it_asks_for(host: Host, nothing_left: None) -> None:
     """Only some of them match a shell; whatever serves them, nothing is ignored."""
-    combinations = itertools.product((4, 5), (1, 2), (0, 1, 2), (False, True), (False, True))
+    shapes = itertools.product((4, 5), (1, 2), (0, 1, 2))
+    # Addresses and UUIDs in turn, with every shape that a shell has and some that none has.
+    late = itertools.cycle(itertools.product((False, True), (False, True)))
+    combinations = [(*shape, *given) for shape in shapes for given in (next(late), next(late))]
     with running(WARM + "[pool]\nadaptive = false\n"), Chaos() as chaos:
         filled(chaos)
         for memory, vcpus, vifs, with_mac, with_uuid in combinations:
@@ -235,7 +246,7 @@ def test_a_daemon_killed_at_any_step_of_a_create(
         f"import chaos.daemon.core as core\n"
         f"core.DELIVERY_STEPS = broken(shell.DELIVERY_STEPS, {step!r}, {late})"
     )
-    with running(WARM, code) as daemon:
+    with running(ONE, code) as daemon:
         with Chaos() as chaos:
             filled(chaos)
             with pytest.raises(ChaosError):
@@ -244,7 +255,6 @@ def test_a_daemon_killed_at_any_step_of_a_create(
         daemon.code = ""
         daemon.start()
         with Chaos() as chaos:
-            filled(chaos)
             names = {domain["name"] for domain in chaos.call("list")}
             finished = step == "unpause" and late
             assert names == {"Domain-0", *(["victim"] if finished else [])}
@@ -272,7 +282,7 @@ def test_a_maker_killed_at_any_step(step: str, host: Host, nothing_left: None) -
         "import chaos.daemon.workers as workers\n"
         f"workers.MAKER = (sys.executable, '-P', '-c', {script!r}, )"
     )
-    with running(WARM, code), Chaos() as chaos:
+    with running(ONE, code), Chaos() as chaos:
         filled(chaos)
         events = [event["event"] for event in recent(chaos)]
         assert "maker died" in events
@@ -584,3 +594,17 @@ def test_noxsd_and_xendevd_killed_under_the_daemon(restart_noxsd: Any, nothing_l
             create(chaos, f"g{last}", DAYTIME, vif(last), wait_ready=30)
         assert " 3 received, 0% packet loss" in ping("10.77.0.93", 3)
         filled(chaos)
+
+
+def test_an_address_that_dom0_gave_up_is_free_at_once(nothing_left: None) -> None:
+    mac = "00:16:3e:55:00:01"
+    subprocess.run(["ip", "link", "add", "taken", "address", mac, "type", "bridge"], check=True)
+    try:
+        with running(WARM), Chaos() as chaos:
+            filled(chaos)
+            with pytest.raises(ChaosError, match="the MAC address 00:16:3e:55:00:01 is in use"):
+                create(chaos, "net", DAYTIME, vif(95, f"mac={mac}"))
+            subprocess.run(["ip", "link", "del", "taken"], check=True)
+            create(chaos, "net", DAYTIME, vif(95, f"mac={mac}"))
+    finally:
+        subprocess.run(["ip", "link", "del", "taken"], check=False, capture_output=True)
