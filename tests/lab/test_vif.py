@@ -286,6 +286,7 @@ def test_no_packet_is_lost_when_the_bus_is_killed(traces: Traces, restart_noxsd:
     assert " 10 received" in ping("10.77.0.3", 10)
 
 
+@pytest.mark.anyhost
 def test_without_xendevd_it_says_so(traces: Traces, no_xendevd: Any) -> None:
     failed = chaos("create", DAYTIME, check=False)
     assert failed.returncode == 1
