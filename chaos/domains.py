@@ -208,7 +208,8 @@ def check_free(host: Host, names: Registry, name: str) -> None:
     if names.uuid_of(name) is None:
         return
     reap(host, names, host.ctrl.domain_list(), [])
-    if names.uuid_of(name) is not None:
+    owner = names.uuid_of(name)
+    if owner is not None and names.read(owner) is not None:
         raise registry.name_taken(name)
 
 

@@ -396,11 +396,12 @@ class Registry:
         """Remove what makers that died left; the caller holds the registry's lock."""
         for name in self._stale_staging():
             _remove_directory(f"{self.path}/domains/{name}")
-        for mac in os.listdir(f"{self.path}/macs"):
-            path = f"{self.path}/macs/{mac}"
-            owner = _read_link(path)
-            if owner is not None and not os.path.exists(f"{self.path}/domains/{owner}"):
-                self._drop_link(path, owner)
+        for kind in ("names", "macs"):
+            for name in os.listdir(f"{self.path}/{kind}"):
+                path = f"{self.path}/{kind}/{name}"
+                owner = _read_link(path)
+                if owner is not None and not os.path.exists(f"{self.path}/domains/{owner}"):
+                    self._drop_link(path, owner)
 
     def _stale_staging(self) -> Iterator[str]:
         for name in self._listing():

@@ -78,6 +78,8 @@ class Daemon:
         reap(self.host, self.names, self.host.ctrl.domain_list(), problems, shells=True)
         for problem in problems:
             self.log(problem)
+        with self.names.locked():
+            self.names.sweep()  # links of a daemon that was killed in the middle of a create
         self.consoles = ConsoleHub(self.host, report=self.log)
         self.guests.start()
         self.guests.adopt_all()

@@ -237,8 +237,10 @@ def test_a_killed_daemon_loses_no_guest(host: Host, nothing_left: None) -> None:
             assert "g82" in {domain["name"] for domain in chaos.call("list")}
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("step", [step.name for step in DELIVERY_STEPS])
+# After a step is before the next one.
+@pytest.mark.parametrize(
+    ("step", "late"), [*((step.name, False) for step in DELIVERY_STEPS), ("unpause", True)]
+)
 def test_a_daemon_killed_at_any_step_of_a_create(
     step: str, late: bool, host: Host, nothing_left: None
 ) -> None:

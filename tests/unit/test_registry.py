@@ -186,3 +186,14 @@ def test_of_racing_creates_one_wins(names: Registry) -> None:
         assert record is not None
         with names.entry(winners[0]) as entry:
             names.forget(entry, record)
+
+
+def test_links_of_what_is_gone_are_swept(names: Registry) -> None:
+    names.reserve(Record(A, "here")).close()
+    names.link_name("gone", B)
+    names.reserve_mac(b"\x00\x16\x3e\x00\x00\x01", B)
+    with names.locked():
+        names.sweep()
+    assert names.uuid_of("gone") is None
+    assert names.uuid_of("here") == A
+    assert os.listdir(f"{names.path}/macs") == []
