@@ -69,7 +69,7 @@ class Daemon:
 
     # Life
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Take over this host: reap what was left unfinished, adopt what runs. ChaosError."""
         self.names.prepare()
         self._lock_fd = self._lock()
@@ -82,7 +82,7 @@ class Daemon:
             self.names.sweep()  # links of a daemon that was killed in the middle of a create
         self.consoles = ConsoleHub(self.host, report=self.log)
         self.guests.start()
-        self.guests.adopt_all()
+        await self.guests.adopt_all()
         self.pool.start()
         self.spawn(self._housekeeping())
 

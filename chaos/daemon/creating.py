@@ -111,7 +111,7 @@ class Batch:
         """Destroy what was made."""
         for delivery in reversed(self.made):
             with contextlib.suppress(ChaosError):
-                await self.daemon.guests.end(delivery.shell.uuid, "")
+                await self.daemon.guests.end(delivery.shell.uuid)
 
 
 @contextlib.asynccontextmanager

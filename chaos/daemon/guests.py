@@ -192,7 +192,7 @@ class Guests:
         self.daemon.emit("adopted", name=guest.name, domid=guest.domid)
         return guest
 
-    def adopt_all(self) -> None:
+    async def adopt_all(self) -> None:
         """Adopt what runs, and end what a killed daemon had not finished."""
         infos = {str(uuid_module.UUID(bytes=i.uuid)): i for i in self.host.ctrl.domain_list()}
         for uuid in self.names.uuids():
@@ -205,7 +205,11 @@ class Guests:
             if record is None or record.state != RUNNING or info is None:
                 continue
             if info.paused and not info.cpu_time and not record.paused:
-                self._loop.create_task(self.end(uuid, "was not finished"))
+                self.daemon.log(f"{record.name} was not finished: destroyed")
+                try:
+                    await self.end(uuid)
+                except ChaosError as error:
+                    self.daemon.log(f"{record.name}: {error}")
                 continue
             with contextlib.suppress(ChaosError):
                 self.adopt(record)
@@ -339,7 +343,7 @@ class Guests:
                     if dead is not None:
                         self.daemon.consoles_remove(dead)
         else:
-            await self.end(uuid, "")
+            await self.end(uuid)
             if action == "destroy":
                 return
         pause = afterlife.delay(failures)
@@ -350,14 +354,11 @@ class Guests:
         successor = await self.daemon.create_again(config, uuid_module.UUID(uuid).bytes)
         successor.failures = failures
 
-    async def end(self, uuid: str, why: str) -> None:
+    async def end(self, uuid: str) -> None:
         """Destroy a domain with its devices, and forget it. ChaosError."""
         guest = self.by_uuid.get(uuid)
         if guest is not None:
-            guest_name = guest.name
             self.forget(guest, "destroyed")
-            if why:
-                self.daemon.log(f"{guest_name} {why}: destroyed")
 
         def work(host: Host, names: Registry) -> None:
             if names.read(uuid) is not None:

@@ -85,7 +85,7 @@ async def _serve(path: str, settings: settings_module.Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     try:
-        daemon.start()
+        await daemon.start()
         os.chmod(names.path, DIRECTORY_MODE)  # for the socket; what is in it stays closed
         server = Server(daemon, Calls(daemon), *listen(path, settings.group))
         # What is there now stays: a collection would walk through it all for nothing.

@@ -284,7 +284,7 @@ def test_a_maker_killed_at_any_step(step: str, host: Host, nothing_left: None) -
         "import chaos.daemon.workers as workers\n"
         f"workers.MAKER = (sys.executable, '-P', '-c', {script!r}, )"
     )
-    with running(ONE, code), Chaos() as chaos:
+    with running("[daemon]\nbuilders = 1\n" + ONE, code), Chaos() as chaos:
         filled(chaos)
         events = [event["event"] for event in recent(chaos)]
         assert "maker died" in events
