@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -96,6 +97,8 @@ async def _serve(path: str, settings: settings_module.Settings) -> int:
         await stop.wait()
         privileges.notify("STOPPING=1")
         server.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
     finally:
         await daemon.close()
     return 0

@@ -302,11 +302,17 @@ class Client:
 def chaosd() -> Iterator[None]:
     ensure_bus()
     daemon = start("chaosd")
-    wait_for(lambda: Path(CHAOSD).exists(), "chaosd does not start")
+    wait_for(answers, "chaosd does not start")
     yield
     end(daemon.pid)
     daemon.wait()
-    Path(CHAOSD).unlink(missing_ok=True)
+    assert not Path(CHAOSD).exists()
+
+
+def answers() -> bool:
+    """Whether a chaosd listens; one that was killed leaves its socket's file."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(CHAOSD) == 0
 
 
 def read_until(fd: int, wanted: bytes) -> bytes:
