@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -25,7 +26,7 @@ from chaos.create import CREATE_STEPS, SLACK_KIB, UNPAUSED_STEPS, Creation, wait
 from chaos.domains import find, list_domains
 from chaos.host import Host
 from chaos.registry import Registry
-from xenctypes.errors import ChaosError, StateError, StepError
+from xenctypes.errors import BusError, ChaosError, StateError, StepError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,6 +103,8 @@ def warm() -> None:
 @pytest.fixture
 def footprint(host: Host, warm: None) -> Iterator[Footprint]:
     _ = host.evtchn, host.memory  # opened when first used, and kept as long as the host
+    with contextlib.suppress(BusError):
+        _ = host.bus  # beside xenstored every domain has a node there, its name for xl
     measured = Footprint(host)
     yield measured
     measured.settled()
