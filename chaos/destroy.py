@@ -57,17 +57,17 @@ def end(host: Host, info: DomainInfo, record: Record) -> None:
     The vifs go first: netback must not map pages of a domain that is gone, or it stays a zombie.
     """
     failure: ChaosError | None = None
+    try:
+        xenstored.withdraw(host, info.domid)  # the vifs' end takes an empty directory along
+    except ChaosError as error:
+        failure = error
     if record.macs:
         try:
             if not info.dying:
                 host.ctrl.domain_pause(info.domid)
             vif.disconnect_all(host.bus, info.domid)
         except ChaosError as error:
-            failure = error
-    try:
-        xenstored.withdraw(host, info.domid)
-    except ChaosError as error:
-        failure = failure or error
+            failure = failure or error
     if not info.dying:
         host.ctrl.domain_destroy(info.domid)
     if failure is not None:

@@ -189,9 +189,9 @@ def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) ->
         if info is not None:
             end(host, info, record)
         elif record.domid > 0 and host.ctrl.domain_info(record.domid) is None:
+            xenstored.withdraw(host, record.domid)
             if record.macs:
                 vif.disconnect_all(host.bus, record.domid)
-            xenstored.withdraw(host, record.domid)
         names.forget(entry, record)
         return 1
 

@@ -35,7 +35,10 @@ def announce(host: Host, domid: int, name: str) -> None:
 
 
 def withdraw(host: Host, domid: int) -> None:
-    """Undo ``announce``, also one that was never made. Raises BusError."""
+    """Undo ``announce``, also one that was never made. Raises BusError.
+
+    Before the vifs are taken away: what is left of their nodes then goes with the last of them.
+    """
     if not serves(host):
         return
     directory = _directory(domid)

@@ -131,6 +131,7 @@ def test_a_guest_with_a_vif_answers_and_goes(traces: Traces) -> None:
 
 
 @pytest.mark.every_release
+@pytest.mark.anyhost
 def test_fifty_guests_answer_at_once(traces: Traces) -> None:
     for last in range(100, 150):
         chaos_create(last)
