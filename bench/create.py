@@ -16,43 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import subprocess
 import sys
-from time import perf_counter_ns
-from typing import TYPE_CHECKING
+
+from figures import clock, ratio, spawn, summary
 
 from chaos import config
 from chaos.builder import Builder
 from chaos.create import Creation, wait_ready
 from chaos.host import Host
 from chaos.registry import Registry
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-def clock(action: Callable[[], object]) -> float:
-    start = perf_counter_ns()
-    action()
-    return (perf_counter_ns() - start) / 1e6
-
-
-def summary(samples: list[float]) -> dict[str, float]:
-    ordered = sorted(samples)
-    return {
-        "count": len(ordered),
-        "median_ms": statistics.median(ordered),
-        "p99_ms": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
-        "min_ms": ordered[0],
-    }
-
-
-def spawn(*argv: str) -> None:
-    pid = os.posix_spawnp(argv[0], argv, os.environ)
-    if os.waitpid(pid, 0)[1]:
-        raise SystemExit(f"failed: {' '.join(argv)}")
 
 
 def main() -> int:
@@ -80,12 +53,9 @@ def main() -> int:
             rows["spawn"].append(clock(lambda: spawn("/bin/true")))
     result: dict[str, object] = {name: summary(row) for name, row in rows.items() if row}
     if with_xl:
-        xl = statistics.median(rows["xl"])
-        result["xl_over_direct"] = xl / statistics.median(rows["direct"])
-        result["xl_over_command"] = xl / statistics.median(rows["command"])
-    result["direct_over_spawn"] = statistics.median(rows["direct"]) / statistics.median(
-        rows["spawn"]
-    )
+        result["xl_over_direct"] = ratio(rows["xl"], rows["direct"])
+        result["xl_over_command"] = ratio(rows["xl"], rows["command"])
+    result["direct_over_spawn"] = ratio(rows["direct"], rows["spawn"])
     json.dump(result, sys.stdout, indent=2)
     print()
     return 0

@@ -23,15 +23,15 @@ def summary(samples: list[float]) -> dict[str, float]:
     ordered = sorted(samples)
     return {
         "count": len(ordered),
-        "median_ms": round(statistics.median(ordered), 3),
-        "p99_ms": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))], 3),
-        "min_ms": round(ordered[0], 3),
+        "median_ms": statistics.median(ordered),
+        "p99_ms": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
+        "min_ms": ordered[0],
     }
 
 
 def ratio(over: list[float], under: list[float]) -> float:
     """Of the medians."""
-    return round(statistics.median(over) / statistics.median(under), 4)
+    return statistics.median(over) / statistics.median(under)
 
 
 def spawn(*argv: str) -> None:

@@ -27,14 +27,15 @@ import fcntl
 import json
 import os
 import signal
-import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import monotonic, perf_counter_ns, sleep
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
+
+from figures import clock, spawn, summary
 
 from noxs import hotplug
 from noxs.bus import Bus
@@ -43,7 +44,7 @@ from xendevd.netlink import Rtnetlink
 from xendevd.plan import VifPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 CLONE_NEWNET = 0x40000000
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 2, 0x1000
@@ -54,22 +55,6 @@ kernel = "/src/guests/build/hello.elf"
 memory = 16
 """
 VIF = 'vif = ["bridge=xenbr0,script={script}"]\n'
-
-
-def clock(action: Callable[[], object]) -> float:
-    start = perf_counter_ns()
-    action()
-    return (perf_counter_ns() - start) / 1e6
-
-
-def summary(samples: list[float]) -> dict[str, float]:
-    ordered = sorted(samples)
-    return {
-        "count": len(ordered),
-        "median_ms": statistics.median(ordered),
-        "p99_ms": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
-        "min_ms": ordered[0],
-    }
 
 
 def ways(count: int) -> dict[str, Any]:
@@ -115,12 +100,6 @@ def ways(count: int) -> dict[str, Any]:
     for way in ("pyroute2", "ip"):
         result[f"{way}_over_raw"] = result[way]["median_ms"] / result["raw"]["median_ms"]
     return result
-
-
-def spawn(*argv: str) -> None:
-    pid = os.posix_spawnp(argv[0], argv, os.environ)
-    if os.waitpid(pid, 0)[1]:
-        raise SystemExit(f"failed: {' '.join(argv)}")
 
 
 def burst(count: int) -> dict[str, Any]:

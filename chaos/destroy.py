@@ -36,10 +36,7 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
         host.ctrl.domain_destroy(domain.domid)
         return
     if domain.record.state == registry.SHELL and names.daemon_runs():
-        raise StateError(
-            f"domain {domain.domid} is a shell of chaosd's pool",
-            hint="chaos pool drain gives shells back",
-        )
+        raise pooled(domain.domid)
     with names.entry(domain.uuid) as entry:
         if not entry.lock(wait=False):
             raise StateError(
@@ -72,3 +69,10 @@ def end(host: Host, info: DomainInfo, record: Record) -> None:
         host.ctrl.domain_destroy(info.domid)
     if failure is not None:
         raise failure
+
+
+def pooled(domid: int) -> StateError:
+    """The error for a domain that is the pool's."""
+    return StateError(
+        f"domain {domid} is a shell of chaosd's pool", hint="chaos pool drain gives shells back"
+    )

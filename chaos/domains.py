@@ -6,7 +6,7 @@ import uuid as uuid_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from chaos import registry, vif, xenstored
-from chaos.destroy import end
+from chaos.destroy import end, pooled
 from xenctypes.errors import BusError, ChaosError, StateError
 
 if TYPE_CHECKING:
@@ -194,13 +194,6 @@ def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) ->
                 vif.disconnect_all(host.bus, record.domid)
         names.forget(entry, record)
         return 1
-
-
-def pooled(domid: int) -> StateError:
-    """The error for a domain that is the pool's."""
-    return StateError(
-        f"domain {domid} is a shell of chaosd's pool", hint="chaos pool drain gives shells back"
-    )
 
 
 def check_free(host: Host, names: Registry, name: str) -> None:

@@ -28,6 +28,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from noxs import lockfile
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
@@ -192,17 +193,7 @@ class Registry:
 
     def daemon_runs(self) -> bool:
         """Whether a chaosd holds its lock on this registry."""
-        try:
-            fd = os.open(f"{self.path}/{DAEMON_LOCK}", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        return False
+        return lockfile.held(f"{self.path}/{DAEMON_LOCK}")
 
     def add_shell(self, record: Record) -> Entry:
         """Make the directory of a domain that has no name yet; not locked. StateError if it exists.

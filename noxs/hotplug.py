@@ -7,9 +7,7 @@ drivers/net/xen-netback/xenbus.c); xendevd plugs the interface and writes that, 
 ``error`` and beside it the cause.
 """
 
-import fcntl
-import os
-
+from noxs import lockfile
 from xenctypes.errors import BusError, ChaosError, DeviceError
 
 __all__ = ["BusError", "ChaosError", "DeviceError", "running", "script_for"]
@@ -49,14 +47,4 @@ def script_for(script: str) -> str:
 
 def running(lock: str = LOCK) -> bool:
     """Whether xendevd runs on this host."""
-    try:
-        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    return lockfile.held(lock)
