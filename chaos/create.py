@@ -36,7 +36,7 @@ from chaos.steps import (
     roll_back,
 )
 from noxs.abi import STATE_READY
-from noxs.page import Page, pages_needed
+from noxs.page import Page, more_pages
 from xenctypes.errors import DeviceError, StateError, XenError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Creation:
     def more_pages(self) -> int:
         """How many pages the device page needs beyond its first."""
         room = max(len(self.config.metadata), self.metadata_room)
-        return pages_needed((None,) * len(self.config.vifs), room) - 1
+        return more_pages(len(self.config.vifs), room)
 
     @property
     def reserve(self) -> int:

@@ -259,6 +259,11 @@ def pages_needed(devices: tuple[Device | None, ...], metadata_length: int) -> in
     return -(-end // PAGE_SIZE)
 
 
+def more_pages(vifs: int, metadata_length: int) -> int:
+    """How many pages the area of a guest with so many vifs needs beyond its first."""
+    return pages_needed((None,) * vifs, metadata_length) - 1
+
+
 def check_abi(version: int) -> None:
     """Raise PageError unless a guest whose note carries ``version`` can run on this ABI."""
     major, minor = version >> 16, version & 0xFFFF

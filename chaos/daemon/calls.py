@@ -16,6 +16,7 @@ from chaos import __version__, frames
 from chaos.cli import VERBS
 from chaos.daemon import settings as settings_module
 from chaos.daemon.command import Command, wants_client
+from chaos.daemon.rights import check_flavour
 from chaos.daemon.wanted import NotHere, want
 from chaos.invocation import Invocation
 from xenctypes.errors import ConfigError, ProtocolError, UsageError
@@ -154,7 +155,7 @@ class Calls:
         delivery = await self.daemon.create(wanted, connection.peer, paused=paused)
         seconds = _number(params, "wait_ready")
         if seconds and not paused and delivery.shell.noxs:
-            await self.daemon.wait_ready(delivery.shell.uuid, seconds)
+            await self.daemon.wait(delivery.shell.uuid, seconds)
         described = self.daemon.describe(delivery)
         described["ready_ms"] = described["profile"]["ready_ms"]
         return described
@@ -192,7 +193,7 @@ class Calls:
         dead = _take(params, "dead", bool, default=False)
         timeout = _number(params, "timeout") if "timeout" in params else None
         words = guest.words()
-        outcome = await self.daemon.wait(guest, timeout, dead=dead)
+        outcome = await self.daemon.wait(guest.uuid, timeout, dead=dead)
         return {
             "name": guest.name,
             "domid": guest.domid,
@@ -236,22 +237,19 @@ class Calls:
         guest = self.daemon.find(_take(params, "domain", str))
         assert self.daemon.consoles is not None
         attachment = self.daemon.consoles.attach(guest.uuid)
-        self._attached(connection)[ident] = attachment
+        connection.attached[ident] = attachment
         try:
             connection.reply(ident, frames.PROGRESS, attachment.history)
             async for data in attachment:
                 connection.reply(ident, frames.PROGRESS, data)
                 await connection.room()
         finally:
-            self._attached(connection).pop(ident, None)
+            connection.attached.pop(ident, None)
             attachment.close()
         return attachment.ending
 
-    def _attached(self, connection: Connection) -> dict[int, Any]:
-        return connection.attached
-
     async def _console_write(self, connection: Connection, params: dict[str, Any]) -> Any:
-        attachment = self._attached(connection).get(_take(params, "id", int))
+        attachment = connection.attached.get(_take(params, "id", int))
         if attachment is None:
             raise ProtocolError("that request has no console attached")
         await attachment.send(_take(params, "data", bytes))
@@ -263,16 +261,8 @@ class Calls:
 
     async def _pool_add(self, connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
         table = _take(params, "flavour", dict)
-        self._check_rights(connection, table)
+        check_flavour(connection.peer, table)
         return self.daemon.pool.add(settings_module.flavour(table)).describe()
-
-    def _check_rights(self, connection: Connection, table: dict[str, Any]) -> None:
-        """A flavour's image is opened by the daemon later: only root may name one."""
-        if connection.peer.uid and (table.get("kernel") or table.get("ramdisk")):
-            raise UsageError(
-                "only root may add a flavour with an image",
-                hint="leave kernel out; images that are asked for often get shells by themselves",
-            )
 
     async def _pool_resize(
         self, _connection: Connection, _ident: int, params: dict[str, Any]

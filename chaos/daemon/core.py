@@ -8,7 +8,6 @@ import fcntl
 import os
 import sys
 import threading
-import uuid as uuid_module
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter_ns
@@ -232,9 +231,8 @@ class Daemon:
         return delivery
 
     def _lives(self, shell: Shell) -> bool:
-        info = self.host.ctrl.domain_info(shell.domid)
-        wanted = uuid_module.UUID(shell.uuid).bytes
-        return info is not None and info.uuid == wanted and not info.dying
+        info = self.guests.info(shell.domid, shell.uuid)
+        return info is not None and not info.dying
 
     def unpause(self, delivery: Delivery) -> None:
         """Let a guest that was delivered paused run."""
@@ -313,15 +311,8 @@ class Daemon:
 
     # Waiting
 
-    async def wait_ready(self, uuid: str, seconds: float) -> str:
-        """Wait for a guest's ready event: "ready", "dead" or "timeout"."""
-        return await self._wait(uuid, seconds, dead=False)
-
-    async def wait(self, guest: Guest, seconds: float | None, *, dead: bool) -> str:
+    async def wait(self, uuid: str, seconds: float | None, *, dead: bool = False) -> str:
         """Wait until a guest is ready or dead, or only dead: "ready", "dead" or "timeout"."""
-        return await self._wait(guest.uuid, seconds, dead=dead)
-
-    async def _wait(self, uuid: str, seconds: float | None, *, dead: bool) -> str:
         deadline = None if seconds is None else self.loop.time() + seconds
         while True:
             guest = self.guests.by_uuid.get(uuid)
@@ -343,13 +334,8 @@ class Daemon:
                     guest.waiters.remove(waiter)
 
     def _is_dead(self, guest: Guest) -> bool:
-        info = self.host.ctrl.domain_info(guest.domid)
-        return (
-            info is None
-            or info.shutdown
-            or info.dying
-            or info.uuid != uuid_module.UUID(guest.uuid).bytes
-        )
+        info = self.guests.info(guest.domid, guest.uuid)
+        return info is None or info.shutdown or info.dying
 
     def write_ready(self, guest: Guest) -> None:
         """Keep in the record when the guest was ready."""

@@ -101,7 +101,7 @@ class Batch:
         """Wait until each is ready, or was given the time."""
         await asyncio.gather(
             *(
-                self.daemon.wait_ready(delivery.shell.uuid, seconds)
+                self.daemon.wait(delivery.shell.uuid, seconds)
                 for delivery in self.made
                 if delivery.shell.noxs and not delivery.paused
             )

@@ -228,6 +228,11 @@ class Guests:
             if uuid not in self.by_uuid:
                 self.lookup(uuid)
 
+    def info(self, domid: int, uuid: str) -> DomainInfo | None:
+        """What the hypervisor says of a domain; None if another has its number by now."""
+        info = self.host.ctrl.domain_info(domid)
+        return info if info is not None and info.uuid == uuid_module.UUID(uuid).bytes else None
+
     def lookup(self, uuid: str) -> Guest | None:
         """The guest of a UUID, adopted if it is not known yet."""
         guest = self.by_uuid.get(uuid)
@@ -235,10 +240,10 @@ class Guests:
             return guest
         with contextlib.suppress(ChaosError):
             record = self.names.read(uuid)
-            if record is not None and record.state == RUNNING:
-                info = self.host.ctrl.domain_info(record.domid)
-                if info is not None and str(uuid_module.UUID(bytes=info.uuid)) == uuid:
-                    return self.adopt(record)
+            if record is None or record.state != RUNNING:
+                return None
+            if self.info(record.domid, uuid) is not None:
+                return self.adopt(record)
         return None
 
     def find(self, wanted: str) -> Guest:

@@ -25,7 +25,7 @@ from chaos.daemon.workers import DELAYS, Worker
 from chaos.domains import reap, reap_one
 from chaos.registry import SHELL, Record
 from chaos.shape import ImageKey, Shape, blank, shape_of
-from noxs.page import pages_needed
+from noxs.page import more_pages
 from xenctypes.errors import ChaosError, StateError, XenError
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ class Pool:
         ]
         for shell in lost:
             shell.worker = None
-            self._take_off(shell)
-            self.spawn(self.discard(shell))
+            self._retire(shell)
         if not self.closing:
             delay = DELAYS[min(self.deaths, len(DELAYS) - 1)]
             self.deaths += 1
@@ -174,33 +173,26 @@ class Pool:
         flavour.low = flavour.low if low is None else low
         self.emit("pool resized", flavour=name, size=size)
         while flavour.missing < 0 and flavour.shells:
-            self._drop_one(flavour)
+            self._retire(next(iter(flavour.shells)))
         self._wake.set()
         return flavour
 
     async def drain(self, name: str) -> int:
         """Give back all shells that a flavour has now, which is then refilled; how many."""
-        flavour = self.flavour(name)
-        shells = list(flavour.shells)
-        for shell in shells:
-            self._take_off(shell)
-        await asyncio.gather(*map(self.discard, shells))
-        self.emit("pool drained", flavour=name, shells=len(shells))
+        count = await self._give_back(self.flavour(name))
+        self.emit("pool drained", flavour=name, shells=count)
         self._wake.set()
-        return len(shells)
+        return count
 
     async def remove(self, name: str) -> None:
         """Forget a flavour and give its shells back."""
         flavour = self.flavour(name)
         flavour.size = 0
         del self.flavours[name]
-        shells = list(flavour.shells)
-        for shell in shells:
-            self._take_off(shell)
         if flavour.source is not None:
             flavour.source.close()
-        self.emit("pool removed", flavour=name, shells=len(shells))
-        await asyncio.gather(*map(self.discard, shells))
+        self.emit("pool removed", flavour=name, shells=len(flavour.shells))
+        await self._give_back(flavour)
 
     # Taking
 
@@ -252,10 +244,18 @@ class Pool:
             if not shelf:
                 del self.shelves[shell.shape, shell.image]
 
-    def _drop_one(self, flavour: Flavour) -> None:
-        shell = next(iter(flavour.shells))
+    def _retire(self, shell: Shell) -> None:
+        """Give a shell on a shelf back, without waiting for its end."""
         self._take_off(shell)
         self.spawn(self.discard(shell))
+
+    async def _give_back(self, flavour: Flavour) -> int:
+        """Give all shells of a flavour back, and wait for their end; how many there were."""
+        shells = list(flavour.shells)
+        for shell in shells:
+            self._take_off(shell)
+        await asyncio.gather(*map(self.discard, shells))
+        return len(shells)
 
     # Making
 
@@ -280,8 +280,7 @@ class Pool:
             for text in texts:
                 names.release_mac(text, uuid)
             raise
-        pages = pages_needed((None,) * len(macs), room) - 1
-        shell = Shell(self.host, names, uuid, shape, macs, pages)
+        shell = Shell(self.host, names, uuid, shape, macs, more_pages(len(macs), room))
         shell.image = key
         worker = self._pick(urgent=urgent)
         request = {
@@ -494,8 +493,7 @@ class Pool:
         """The image has other contents than the one before: shells of that one go."""
         flavour.digest = shell.digest
         for other in [each for each in flavour.shells if each.digest != shell.digest]:
-            self._take_off(other)
-            self.spawn(self.discard(other))
+            self._retire(other)
 
     # Memory
 
@@ -536,8 +534,7 @@ class Pool:
             key = flavour.source.key()
             stale = [shell for shell in flavour.shells if shell.image != key]
             for shell in stale:
-                self._take_off(shell)
-                self.spawn(self.discard(shell))
+                self._retire(shell)
             if stale:
                 self.emit("pool drained", flavour=flavour.name, shells=len(stale))
             if flavour.adaptive and flavour.source.held[0].changed():

@@ -14,11 +14,11 @@ from socket import SO_PEERCRED, SOL_SOCKET
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from xenctypes.errors import PermissionDenied
+from xenctypes.errors import PermissionDenied, UsageError
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 CREDENTIALS = Struct("iII")
 SO_PEERGROUPS = 59
@@ -79,3 +79,12 @@ def _set_id(number: int, ident: int) -> None:
     _libc.syscall(number, ident)
     if _libc.syscall(number, -1) != ident:  # no errors are reported: ask what holds now
         raise PermissionDenied("cannot take on the caller's rights", hint="chaosd needs CAP_SETUID")
+
+
+def check_flavour(peer: Peer, table: Mapping[str, object]) -> None:
+    """A flavour's image is opened by the daemon, later: UsageError unless root names one."""
+    if peer.uid and (table.get("kernel") or table.get("ramdisk")):
+        raise UsageError(
+            "only root may add a flavour with an image",
+            hint="leave kernel out; images that are asked for often get shells by themselves",
+        )

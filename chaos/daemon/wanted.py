@@ -21,7 +21,7 @@ from chaos.daemon.flavour import Source
 from chaos.daemon.rights import Peer, borrowed
 from chaos.domconfig import DomainConfig, check_name
 from chaos.shape import Shape, shape_of
-from noxs.page import pages_needed
+from noxs.page import more_pages
 from xenctypes.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def want(config: DomainConfig, warnings: Sequence[str] = ()) -> Wanted:
         config,
         shape_of(config),
         Source(config.kernel, config.ramdisk, config.cmdline),
-        pages_needed((None,) * len(config.vifs), len(config.metadata)) - 1,
+        more_pages(len(config.vifs), len(config.metadata)),
         text.removeprefix(f'{{"name": {name}'),
         tuple(warnings),
     )

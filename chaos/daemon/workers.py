@@ -54,7 +54,6 @@ class Worker:
         self.jobs: deque[Job] = deque()
         self.job: Job | None = None
         self.ready = False
-        self.done = 0
         self._timer: asyncio.TimerHandle | None = None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -162,7 +161,6 @@ class Worker:
         job, self.job = self.job, None
         if self._timer is not None:
             self._timer.cancel()
-        self.done += 1
         if job is not None and not job.answer.done():
             if error is not None:
                 job.answer.set_exception(error)

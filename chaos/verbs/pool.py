@@ -76,6 +76,7 @@ def _spec(call: Invocation) -> Any:
     import tomllib
 
     from chaos.daemon import settings
+    from chaos.daemon.rights import check_flavour
     from xenctypes.errors import ConfigError
 
     args = call.args
@@ -91,11 +92,7 @@ def _spec(call: Invocation) -> Any:
     for key in ("size", "low"):
         if getattr(args, key) is not None:
             table[key] = getattr(args, key)
-    if call.peer.uid and (table.get("kernel") or table.get("ramdisk")):
-        raise UsageError(
-            "only root may add a flavour with an image",
-            hint="leave kernel out; images that are asked for often get shells by themselves",
-        )
+    check_flavour(call.peer, table)
     for key in ("kernel", "ramdisk"):
         if isinstance(table.get(key), str) and not table[key].startswith("/"):
             table[key] = f"{call.directory}/{table[key]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 from chaos.cli import seconds
 from chaos.death import Death
@@ -36,11 +35,8 @@ async def serve(call: Invocation) -> int:
     guest = call.daemon.find(args.domain)
     if not args.dead and not guest.noxs:
         raise never_ready(guest.name)
-    info = None
-    outcome = await call.daemon.wait(guest, args.timeout, dead=args.dead)
-    info = call.host.ctrl.domain_info(guest.domid)
-    if info is not None and str(UUID(bytes=info.uuid)) != guest.uuid:
-        info = None
+    outcome = await call.daemon.wait(guest.uuid, args.timeout, dead=args.dead)
+    info = call.daemon.guests.info(guest.domid, guest.uuid)
     return _conclude(call, guest.name, guest.domid, Outcome(outcome, Death(info), guest.words()))
 
 

@@ -23,8 +23,9 @@ from chaos.create import UNPAUSED_STEPS, Creation, wait_ready
 from chaos.devicepage import DevicePage
 from chaos.host import Host
 from chaos.registry import Registry
+from chaos.vif import PAGES
 from noxs import abi, hotplug
-from noxs.page import encode, patch_identity, patch_metadata, publish, write_request
+from noxs.page import encode, more_pages, patch_identity, patch_metadata, publish, write_request
 from xenctypes.errors import StepError
 
 if TYPE_CHECKING:
@@ -403,7 +404,8 @@ def test_too_little_memory_says_how_much_would_do(
     ramdisk.write_bytes(bytes((3584 - 60 << 10) - end_of_image(image)))
     more = [f'noxs_metadata_file="{blob}"', f'ramdisk="{ramdisk}"']
     more.append(vifs(*["bridge=xenbr0"] * 12))
-    with pytest.raises(StepError, match="need 548 KiB beside the image") as caught:
+    kept = 4 * (12 * PAGES + more_pages(12, abi.MAX_METADATA))
+    with pytest.raises(StepError, match=f"need {kept} KiB beside the image") as caught:
         make("hello", "", *more, "memory=4", name="short")
     assert "\n" not in str(caught.value)
     assert caught.value.hint == "raise memory= to 5 or more"
