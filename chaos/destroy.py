@@ -44,6 +44,8 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
                 hint="wait for it",
             )
         record = names.read(domain.uuid) or registry.Record(domain.uuid, domain.name)
+        record.state = registry.ENDING  # whoever finds it so, nobody at work on it, goes on
+        entry.write(record)
         end(host, domain.info, record)
         names.forget(entry, record)
 

@@ -122,8 +122,14 @@ def owned(host: Host, names: Registry, wanted: str) -> tuple[Domain, Record]:
     if domain.is_shell:
         raise pooled(domain.domid)
     if domain.record.state != registry.RUNNING:
-        raise StateError(f'domain "{wanted}" is still being created', hint="try again")
+        raise StateError(unfinished(domain.record), hint="try again")
     return domain, domain.record
+
+
+def unfinished(record: Record) -> str:
+    """What an error says of a domain that is on its way into the world, or out of it."""
+    doing = "destroyed" if record.state == registry.ENDING else "created"
+    return f'domain "{record.name}" is still being {doing}'
 
 
 def reap(

@@ -13,7 +13,7 @@
             console.lock            flock: held by a command that is attached to it
 
 A record whose directory nobody locks and whose domain the hypervisor does not
-know, or whose state is still "building", was left by a process that died: the
+know, or whose state is "building" or "ending", was left by a process that died: the
 next command reaps it. A record in the state "shell" is the daemon's: a domain that
 waits in its pool, has no name yet, and is reaped like the others once no daemon runs.
 """
@@ -41,6 +41,7 @@ DAEMON_LOCK = "chaosd.lock"
 BUILDING = "building"
 SHELL = "shell"
 RUNNING = "running"
+ENDING = "ending"
 FORMAT = 1
 STAGED = ".new-"
 DIRECTORIES = ("names", "domains", "macs")

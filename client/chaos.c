@@ -8,6 +8,8 @@
  * No C library: a static glibc takes more page faults for its own start than all of this does.
  */
 #define _GNU_SOURCE /* O_PATH */
+#include <asm/ioctls.h>
+#include <asm/termbits.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdint.h>
@@ -15,7 +17,6 @@
 #include <sys/syscall.h>
 #include <sys/un.h>
 
-#define NORETURN  __attribute__((noreturn))
 #define PYTHON    "chaos-python"
 #define FRAME_MAX (1u << 20) /* chaos/frames.py, as VERSION and the kinds of replies */
 #define VERSION   "\x01"
@@ -32,15 +33,20 @@ static long sys(long number, long a, long b, long c, long d) {
                      : "rcx", "r11", "memory");
     return number;
 }
-
-static NORETURN void leave(int status) {
+static _Noreturn void leave(int status) {
     for (;;)
         sys(SYS_exit_group, status, 0, 0, 0);
 }
 
-/* "chaos: MESSAGE (HINT)"; the hint may be empty. */
-static NORETURN void fail(int status, struct iovec message, struct iovec hint) {
+/* "chaos: MESSAGE (HINT)"; the hint may be empty. A terminal that the daemon made raw is restored,
+ * unless it is another job's now. */
+static struct termios terminal;
+static _Noreturn void fail(int status, struct iovec message, struct iovec hint) {
     struct iovec parts[] = {{"chaos: ", 7}, message, {" (", 2}, hint, {")\n", 2}};
+    int job = 0;
+    if (terminal.c_cflag && !sys(SYS_ioctl, 0, TIOCGPGRP, (long)&job, 0) &&
+        job == sys(SYS_getpgrp, 0, 0, 0, 0))
+        sys(SYS_ioctl, 0, TCSETS, (long)&terminal, 0);
     if (!hint.iov_len)
         parts[2] = (struct iovec){"\n", 1};
     sys(SYS_writev, 2, (long)parts, hint.iov_len ? 5 : 3, 0);
@@ -79,8 +85,7 @@ static void try_python(const char *folder, long length, char **argv, char **env)
     copy(path + length, "/" PYTHON, sizeof "/" PYTHON);
     sys(SYS_execve, (long)path, (long)argv, (long)env, 0);
 }
-
-static NORETURN void run_python(char **argv, char **env) {
+static _Noreturn void run_python(char **argv, char **env) {
     static char self[4096];
     long length = sys(SYS_readlink, (long)"/proc/self/exe", (long)self, sizeof self, 0);
     while (length > 0 && self[length - 1] != '/')
@@ -123,7 +128,6 @@ static size_t wanted(const char *entry) {
                 return n;
     return 0;
 }
-
 static void build_request(int argc, char **argv, char **env) {
     static char cwd[4096];
     long length = sys(SYS_getcwd, (long)cwd, sizeof cwd, 0, 0); /* with the final NUL */
@@ -145,7 +149,6 @@ static void build_request(int argc, char **argv, char **env) {
         }
     copy(frame, &(uint32_t){used - 4}, 4); /* little endian, as this machine */
 }
-
 static void send_request(int directory) {
     struct { struct cmsghdr head; int fds[4]; } rights = {
         {CMSG_LEN(4 * sizeof(int)), SOL_SOCKET, SCM_RIGHTS}, {0, 1, 2, directory}};
@@ -172,7 +175,6 @@ static void on_signal(int number) {
     if (requested)
         sys(SYS_sendmsg, server, (long)&message, MSG_NOSIGNAL, 0);
 }
-
 static void handle_signals(void (*handler)(int)) {
     static const int forwarded[] = {SIGINT, SIGTERM, SIGHUP};
     /* struct kernel_sigaction: handler, flags (SA_RESTORER is of asm/signal.h), restorer, mask */
@@ -209,8 +211,7 @@ static uint64_t take_number(uint8_t head, uint8_t fixed, uint8_t mask, uint8_t f
         value = value << 8 | *take(1);
     return value;
 }
-
-static NORETURN void report_error(void) {
+static _Noreturn void report_error(void) {
     static const char *const keys[] = {"\xa5" "class", "\xa7message", "\xa4hint"};
     struct iovec texts[3];
     check((*take(1) & 0xf0) == 0x80); /* a map, that begins with these keys and the status */
@@ -262,7 +263,6 @@ static int open_directory(void) {
         fail(1, TEXT("/dev/null cannot be opened"), TEXT(""));
     return open_directory();
 }
-
 static int connected(const char *path) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (length_of(path) >= sizeof address.sun_path)
@@ -271,8 +271,7 @@ static int connected(const char *path) {
     server = sys(SYS_socket, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, 0);
     return sys(SYS_connect, server, (long)&address, sizeof address, 0) == 0;
 }
-
-__attribute__((used)) static NORETURN void start(long *stack) {
+__attribute__((used)) static _Noreturn void start(long *stack) {
     int argc = *stack;
     char **argv = (char **)stack + 1, **env = argv + argc + 1;
     const char *path = variable(env, "CHAOS_SOCKET=");
@@ -280,6 +279,7 @@ __attribute__((used)) static NORETURN void start(long *stack) {
     for (int i = 1; i < argc && argv[i][0] == '-'; i++) /* the Python command drops the option */
         alone |= begins(argv[i], "--no-daemon") && begins("--no-daemon", argv[i]);
     if (!alone) {
+        sys(SYS_ioctl, 0, TCGETS, (long)&terminal, 0);
         int directory = open_directory();
         handle_signals(on_signal);
         if (connected(*path ? path : "/run/chaos/chaosd.sock")) {

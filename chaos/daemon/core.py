@@ -13,7 +13,7 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chaos import vif
+from chaos import vif, xenstored
 from chaos.create import profile_of
 from chaos.daemon.consoles import ConsoleHub
 from chaos.daemon.events import Events
@@ -55,6 +55,7 @@ class Daemon:
         self.events = Events()
         self.reader = Reader()
         self.stopping = False
+        self.beside_xenstored = False
         self._lock_fd = -1
         self._local = threading.local()
         self._hosts: list[Host] = []
@@ -73,6 +74,7 @@ class Daemon:
         self.names.prepare()
         self._lock_fd = self._lock()
         self.host.ctrl.physinfo()
+        self.beside_xenstored = xenstored.serves(self.host)
         problems: list[str] = []
         reap(self.host, self.names, self.host.ctrl.domain_list(), problems, shells=True)
         for problem in problems:
@@ -269,16 +271,20 @@ class Daemon:
             by={"uid": delivery.peer.uid, "pid": delivery.peer.pid},
         )
         self.consoles_add(guest)
-        if delivery.config.vifs:
-            pairs = vif.late_nodes(guest.domid, guest.name, delivery.shell.macs, guest.config.vifs)
+        pairs = vif.late_nodes(guest.domid, guest.name, delivery.shell.macs, guest.config.vifs)
+        if pairs or self.beside_xenstored:
             self.spawn(self._tell_the_bus(guest, pairs))
 
     async def _tell_the_bus(self, guest: Guest, pairs: list[tuple[str, str]]) -> None:
         """What the guest is called and what its addresses are, for whoever looks at the bus."""
 
         def work(host: Host, _names: Registry) -> None:
-            if guest.uuid in self.guests.by_uuid:
-                vif.update(host.bus, pairs)
+            if guest.uuid not in self.guests.by_uuid:
+                return
+            vif.update(host.bus, pairs)
+            xenstored.announce(host, guest.domid, guest.name)
+            if guest.uuid not in self.guests.by_uuid:  # its end may have come in between
+                xenstored.withdraw(host, guest.domid)
 
         try:
             await self.in_thread(work)

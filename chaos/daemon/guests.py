@@ -23,8 +23,9 @@ from chaos import afterlife
 from chaos.configjson import from_dict
 from chaos.destroy import destroy
 from chaos.domains import find as find_domain
-from chaos.domains import reap_one, shutdown_name
+from chaos.domains import reap_one, shutdown_name, unfinished
 from chaos.registry import RUNNING
+from chaos.restarts import Restart, Restarts
 from noxs.abi import STATE_READY
 from noxs.page import read_guest_words
 from xenctypes.errors import CallFailed, ChaosError, StateError
@@ -106,6 +107,7 @@ class Guests:
         self.daemon = daemon
         self.host = daemon.host
         self.names = daemon.names
+        self.restarts = Restarts(daemon.names)
         self.by_uuid: dict[str, Guest] = {}
         self.by_port: dict[int, Guest] = {}
         self.virq = 0
@@ -213,6 +215,12 @@ class Guests:
                 continue
             with contextlib.suppress(ChaosError):
                 self.adopt(record)
+        self.restarts.sweep()
+        for restart in self.restarts.all():
+            if restart.uuid in self.by_uuid:  # its death was not dealt with yet, or it runs again
+                self.restarts.drop(restart.uuid)
+            else:
+                self.daemon.spawn(self._restart(restart))
         self.look_soon()
 
     def notice_others(self) -> None:
@@ -257,7 +265,7 @@ class Guests:
             raise StateError(
                 f'domain "{wanted}" was not made by chaos'
                 if domain.record is None
-                else f'domain "{wanted}" is still being created',
+                else unfinished(domain.record),
                 hint="use the toolstack that made it" if domain.record is None else "try again",
             )
         if self.names.uuid_of(guest.name) != guest.uuid:
@@ -335,6 +343,9 @@ class Guests:
             return
         failures = guest.failures + 1 if monotonic() - guest.born < afterlife.YOUNG else 0
         uuid = guest.uuid
+        restart = Restart(uuid, afterlife.successor(guest.config, record), failures)
+        if action != "destroy":
+            await self.daemon.in_thread(lambda _host, _names: self.restarts.write(restart))
         if action == "rename-restart":
             kept = await self.daemon.in_thread(
                 lambda host, names: afterlife.set_aside(host, names, uuid)
@@ -351,13 +362,26 @@ class Guests:
             await self.end(uuid)
             if action == "destroy":
                 return
-        pause = afterlife.delay(failures)
+        await self._restart(restart)
+
+    async def _restart(self, restart: Restart) -> None:
+        """Create the successor of a domain, in time. ChaosError, and then it is given up."""
+        pause = afterlife.delay(restart.failures)
+        name, uuid = restart.config.name, restart.uuid
         if pause:
-            self.daemon.emit("restart waits", name=record.name, seconds=pause)
+            self.daemon.emit("restart waits", name=name, uuid=uuid, seconds=pause)
             await asyncio.sleep(pause)
-        config = afterlife.successor(guest.config, record)
-        successor = await self.daemon.create_again(config, uuid_module.UUID(uuid).bytes)
-        successor.failures = failures
+        if not self.restarts.holds(uuid):
+            self.daemon.emit("restart called off", name=name, uuid=uuid)
+            return
+        try:
+            again = await self.daemon.create_again(restart.config, uuid_module.UUID(uuid).bytes)
+        except ChaosError:
+            self.restarts.drop(uuid)
+            raise
+        again.failures = restart.failures
+        if not self.restarts.drop(uuid):  # called off while it was made
+            await self.end(uuid)
 
     async def end(self, uuid: str) -> None:
         """Destroy a domain with its devices, and forget it. ChaosError."""

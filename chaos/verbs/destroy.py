@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chaos.destroy import destroy
 from chaos.domains import find, list_domains
+from chaos.restarts import Restarts
 from xenctypes.errors import ChaosError, UsageError
 
 if TYPE_CHECKING:
@@ -37,20 +38,25 @@ def run(call: Invocation) -> int:
         targets = [domain.uuid for domain in made]
     else:
         targets = args.domains
+    restarts = Restarts(call.names)
+    called_off = restarts.call_off() if args.all else []
     failure: ChaosError | None = None
-    gone = []
+    gone: list[dict[str, Any]] = []
     for wanted in targets:
+        called_off += restarts.call_off(wanted)
         try:
             domain = find(call.host, call.names, wanted)
             destroy(call.host, call.names, domain, force=args.force)
         except ChaosError as error:
+            if any(wanted in {each.uuid, each.config.name} for each in called_off):
+                continue  # it was dead, and waited to be created again
             if failure is not None:
                 error.add_note(str(failure))
             failure = error
         else:
             gone.append({"name": domain.name, "domid": domain.domid, "uuid": domain.uuid})
     if args.json:
-        call.print_json(gone)
+        call.print_json(gone + [each.describe() for each in called_off])
     if failure is not None:
         raise failure
     return 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chaos.domains import find
-from chaos.registry import BUILDING
+from chaos.domains import find, unfinished
+from chaos.registry import BUILDING, ENDING
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def run(call: Invocation) -> int:
     domain = find(call.host, call.names, call.args.domain)
     if domain.domid == 0:
         raise StateError("Domain-0 is the host itself and cannot be paused")
-    if domain.record is not None and domain.record.state == BUILDING:
-        raise StateError(f'domain "{domain.name}" is still being created', hint="try again")
+    if domain.record is not None and domain.record.state in {BUILDING, ENDING}:
+        raise StateError(unfinished(domain.record), hint="try again")
     ctrl = call.host.ctrl
     if call.args.verb == "pause":
         if not domain.info.paused:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from chaos.cli import seconds
 from chaos.control import Control, Request
 from chaos.domains import list_domains, owned, shutdown_name
-from chaos.registry import BUILDING
+from chaos.registry import BUILDING, ENDING
 from noxs.abi import REQUEST_POWEROFF, REQUEST_REBOOT
 from xenctypes.errors import ChaosError, StateError, UsageError
 
@@ -78,7 +78,9 @@ def _targets(call: Invocation, failures: list[ChaosError]) -> list[Record]:
     if call.args.all:
         listed = list_domains(call.host, call.names)
         pairs = [(domain, domain.record) for domain in listed if domain.record is not None]
-        pairs = [(domain, record) for domain, record in pairs if record.state != BUILDING]
+        pairs = [
+            (domain, record) for domain, record in pairs if record.state not in {BUILDING, ENDING}
+        ]
     else:
         pairs = []
         for wanted in call.args.domains:

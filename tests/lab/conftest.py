@@ -22,6 +22,7 @@ from daemons import (
     ensure_xendevd,
     noxsd_pid,
     openvswitch,
+    serves,
     start,
     stop_xendevd,
     wait_for,
@@ -111,13 +112,6 @@ def restart_noxsd() -> Callable[[], None]:
     def restart() -> None:
         end(noxsd_pid(), signal.SIGKILL)
         start("noxsd")
-        wait_for(_serves, "noxsd does not start again")
+        wait_for(serves, "noxsd does not start again")
 
     return restart
-
-
-def _serves() -> bool:
-    try:
-        return noxsd_pid() > 0
-    except OSError:
-        return False

@@ -67,6 +67,14 @@ def noxsd_pid() -> int:
     return int(CREDENTIALS.unpack(credentials)[0])
 
 
+def serves() -> bool:
+    """Whether noxsd does."""
+    try:
+        return noxsd_pid() > 0
+    except OSError:
+        return False
+
+
 def ensure_xendevd() -> None:
     """Somebody plugs vifs."""
     if not hotplug.running():

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
-from chaosd import BROKEN, GUESTS, filled, running, until
+from chaosd import GUESTS, filled, running, until
 from test_vif import Traces, ask, ping, vif
 
 from chaos import frames
 from chaos.client import Chaos
-from chaos.create import IMAGE_STEPS, SHELL_STEPS
 from chaos.daemon.shell import DELIVERY_STEPS
 from chaos.host import Host
 from chaos.registry import Registry
@@ -235,62 +234,6 @@ def test_a_killed_daemon_loses_no_guest(host: Host, nothing_left: None) -> None:
         with Chaos() as chaos:
             chaos.call("destroy", domains=["g81"])
             assert "g82" in {domain["name"] for domain in chaos.call("list")}
-
-
-# After a step is before the next one.
-@pytest.mark.parametrize(
-    ("step", "late"), [*((step.name, False) for step in DELIVERY_STEPS), ("unpause", True)]
-)
-def test_a_daemon_killed_at_any_step_of_a_create(
-    step: str, late: bool, host: Host, nothing_left: None
-) -> None:
-    code = (
-        f"import chaos.daemon.core as core\n"
-        f"core.DELIVERY_STEPS = broken(shell.DELIVERY_STEPS, {step!r}, {late})"
-    )
-    with running(ONE, code) as daemon:
-        with Chaos() as chaos:
-            filled(chaos)
-            with pytest.raises(ChaosError):
-                create(chaos, "victim", DAYTIME, vif(83), f'uuid="{uuid4()}"')
-        daemon.process.wait(30)
-        daemon.code = ""
-        daemon.start()
-        with Chaos() as chaos:
-            names = {domain["name"] for domain in chaos.call("list")}
-            finished = step == "unpause" and late
-            assert names == {"Domain-0", *(["victim"] if finished else [])}
-            if finished:
-                assert " 3 received, 0% packet loss" in ping("10.77.0.83", 3)
-            else:
-                create(chaos, "victim", DAYTIME, vif(83), wait_ready=30)
-
-
-@pytest.mark.parametrize("step", [step.name for step in SHELL_STEPS + IMAGE_STEPS])
-def test_a_maker_killed_at_any_step(step: str, host: Host, nothing_left: None) -> None:
-    """Its half-built shell goes with it, another takes its place, and the daemon serves on."""
-    mark = Path("/run/maker-was-killed")
-    mark.unlink(missing_ok=True)
-    script = (
-        f"{BROKEN}\n"
-        f"import os\n"
-        f"if not os.path.exists({str(mark)!r}):\n"
-        f"    open({str(mark)!r}, 'w').close()\n"
-        f"    maker.SHELL_STEPS = broken(maker.SHELL_STEPS, {step!r}, True)\n"
-        f"    maker.IMAGE_STEPS = broken(maker.IMAGE_STEPS, {step!r}, True)\n"
-        f"sys.exit(maker.main())"
-    )
-    code = (
-        "import chaos.daemon.workers as workers\n"
-        f"workers.MAKER = (sys.executable, '-P', '-c', {script!r}, )"
-    )
-    with running("[daemon]\nbuilders = 1\n" + ONE, code), Chaos() as chaos:
-        filled(chaos)
-        events = [event["event"] for event in recent(chaos)]
-        assert "maker died" in events
-        create(chaos, "net", DAYTIME, vif(84), wait_ready=30)
-        assert " 3 received, 0% packet loss" in ping("10.77.0.84", 3)
-    mark.unlink(missing_ok=True)
 
 
 def recent(chaos: Chaos) -> list[dict[str, Any]]:
@@ -610,3 +553,17 @@ def test_an_address_that_dom0_gave_up_is_free_at_once(nothing_left: None) -> Non
             create(chaos, "net", DAYTIME, vif(95, f"mac={mac}"))
     finally:
         subprocess.run(["ip", "link", "del", "taken"], check=False, capture_output=True)
+
+
+@pytest.mark.xenstored
+def test_xl_knows_guests_from_the_pool(nothing_left: None) -> None:
+    def listed() -> str:
+        return subprocess.run(["xl", "list"], capture_output=True, text=True, check=True).stdout
+
+    with running(WARM), Chaos() as chaos:
+        filled(chaos)
+        create(chaos, "plain", wait_ready=30)
+        create(chaos, "net", DAYTIME, vif(77), wait_ready=30)
+        until(lambda: {"plain", "net"} <= set(listed().split()), "xl does not know the names")
+        chaos.call("destroy", domains=["plain"])
+        assert "plain" not in listed()

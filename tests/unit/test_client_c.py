@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import termios
 import time
+import tty
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -530,6 +531,25 @@ def test_ctrl_c_at_a_terminal(client: Client, server: Server) -> None:
         assert connection.receive() == (0, "signal", {"id": 1, "signal": signal.SIGINT})
         connection.reply(frames.OK, 130)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    os.close(ours)
+
+
+def test_a_terminal_is_itself_again_when_the_daemon_goes_away(
+    client: Client, server: Server
+) -> None:
+    pid, ours = pty.fork()
+    if not pid:
+        try:
+            os.execve(client.program, ["chaos", "console", "g"], client.env)
+        finally:
+            os._exit(99)
+    before = termios.tcgetattr(ours)
+    with server.accept() as connection:
+        requested(connection)
+        tty.setraw(connection.descriptors[0])
+        assert termios.tcgetattr(ours) != before
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert termios.tcgetattr(ours) == before
     os.close(ours)
 
 

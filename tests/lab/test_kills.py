@@ -1,0 +1,303 @@
+"""Each daemon killed at every step boundary of a create and of a destroy, on the real hypervisor.
+
+One chaosd serves many kills: a plan on disk says who is killed before which step, and the
+patched steps obey it once. A guest that is not concerned answers ping throughout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+from chaosd import GUESTS, Chaosd, filled, running
+from daemons import PATIENCE, noxsd_pid, serves, start, wait_for, xendevd_pid
+from test_chaosd import DAYTIME, HELLO, ONE, create
+from test_vif import Traces, ping, vif
+
+from chaos.client import Chaos
+from chaos.create import IMAGE_STEPS, SHELL_STEPS
+from chaos.daemon.shell import DELIVERY_STEPS
+from chaos.host import Host
+from chaos.registry import Registry
+from noxs import hotplug
+from noxs.bus import Bus
+from xenctypes.errors import ChaosError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+PLAN = Path("/run/kill-plan")
+# What a destroy consists of, in its order: module, owner, function.
+DESTROY = (
+    ("chaos.xenstored", "withdraw"),
+    ("xenctypes.ctrl.Ctrl", "domain_pause"),
+    ("chaos.vif", "disconnect_all"),
+    ("xenctypes.ctrl.Ctrl", "domain_destroy"),
+    ("chaos.registry.Registry", "forget"),
+)
+OBEY = f"""
+import os, signal
+def obey(step):
+    try:
+        with open({str(PLAN)!r}) as plan:
+            wanted, victim = plan.read().split("=")
+        if wanted != step:
+            return
+        os.unlink({str(PLAN)!r})
+    except FileNotFoundError:
+        return
+    os.kill(int(victim) or os.getpid(), signal.SIGKILL)
+
+def obeying(steps):
+    def work(step):
+        return lambda context: (obey(step.name), step.do(context), obey("after " + step.name))
+    return tuple(step._replace(do=work(step)) for step in steps)
+
+def obeying_call(owner, name):
+    before = getattr(owner, name)
+    def call(*args, **kwargs):
+        obey(name)
+        result = before(*args, **kwargs)
+        obey("after " + name)
+        return result
+    setattr(owner, name, call)
+"""
+MAKER = f"""
+import sys
+{OBEY}
+from chaos.daemon import maker
+maker.SHELL_STEPS = obeying(maker.SHELL_STEPS)
+maker.IMAGE_STEPS = obeying(maker.IMAGE_STEPS)
+sys.exit(maker.main())
+"""
+DAEMON = f"""
+{OBEY}
+import chaos.daemon.core as core, chaos.daemon.workers as workers
+import chaos.registry, chaos.vif, chaos.xenstored, xenctypes.ctrl
+core.DELIVERY_STEPS = obeying(core.DELIVERY_STEPS)
+workers.MAKER = (sys.executable, "-P", "-c", {MAKER!r})
+""" + "\n".join(f"obeying_call({owner}, {name!r})" for owner, name in DESTROY)
+BUILDERS = "[daemon]\nbuilders = 1\n"
+
+pytestmark = pytest.mark.usefixtures("network")
+
+
+@pytest.fixture
+def traces() -> Iterator[Traces]:
+    """Nothing may be left at the end."""
+    Registry().prepare()
+    PLAN.unlink(missing_ok=True)
+    with Host() as host, Bus.connect() as bus:
+        found = Traces(host, bus)
+        yield found
+        found.gone()
+
+
+@pytest.fixture
+def pinged() -> Iterator[list[str]]:
+    """The guest "stays" is pinged all the while, once it is there; what ping said at its end."""
+    said: list[str] = []
+    process: list[subprocess.Popen[str]] = []
+
+    def begin() -> None:
+        command = ["ping", "-i", "0.1", "-q", "10.77.0.60"]
+        process.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+
+    said.append("")
+    yield said
+    del begin
+
+
+def plan(step: str, victim: int = 0) -> None:
+    """Have ``victim``, or the process that comes by, killed once."""
+    new = PLAN.with_suffix(".new")
+    new.write_text(f"{step}={victim}")
+    new.rename(PLAN)
+
+
+def dies(pid: int) -> None:
+    """Wait for a process's end."""
+    process = os.pidfd_open(pid)
+    try:
+        assert select.select([process], [], [], PATIENCE)[0], f"process {pid} was not killed"
+    finally:
+        os.close(process)
+
+
+@contextlib.contextmanager
+def pinging(address: str) -> Iterator[None]:
+    """Ping a guest for the length of a block: nothing may be lost."""
+    command = ["ping", "-q", "-i", "0.1", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            said = process.communicate()[0]
+    sent, received = map(int, re.findall(r"(\d+) (?:packets transmitted|received)", said))
+    assert received >= max(1, sent - 1), said  # the last may have been under way
+
+
+def named(chaos: Chaos) -> set[str]:
+    return {domain["name"] for domain in chaos.call("list")} - {"Domain-0"}
+
+
+def boundaries(names: Iterable[str]) -> list[str]:
+    """Before each step, and after the last."""
+    found = list(names)
+    return [*found, f"after {found[-1]}"]
+
+
+MAKING = boundaries(step.name for step in SHELL_STEPS + IMAGE_STEPS)
+DELIVERY = boundaries(step.name for step in DELIVERY_STEPS)
+DESTROYING = boundaries(name for _, name in DESTROY)
+
+
+def test_chaosd_killed(traces: Traces) -> None:
+    """What was not finished is gone when it serves again, and what was being destroyed too."""
+    with running(BUILDERS + ONE, DAEMON) as daemon:
+        with Chaos() as chaos:
+            create(chaos, "stays", DAYTIME, vif(60), wait_ready=30)
+        with pinging("10.77.0.60"):
+            for step in DELIVERY:
+                with Chaos() as chaos:
+                    filled(chaos)
+                    plan(step)
+                    with pytest.raises(ChaosError):
+                        create(chaos, "victim", DAYTIME, vif(61), f'uuid="{uuid4()}"')
+                again(daemon)
+                with Chaos() as chaos:
+                    finished = {"victim"} if step == "after unpause" else set()
+                    assert named(chaos) == {"stays"} | finished, step
+                    if finished:
+                        assert " 3 received, 0% packet loss" in ping("10.77.0.61", 3)
+                        chaos.call("destroy", domains=["victim"])
+            for step in DESTROYING:
+                with Chaos() as chaos:
+                    create(chaos, "victim", DAYTIME, vif(61), wait_ready=30)
+                    plan(step)
+                    with pytest.raises(ChaosError):
+                        chaos.call("destroy", domains=["victim"])
+                again(daemon)
+                with Chaos() as chaos:
+                    assert named(chaos) == {"stays"}, step
+        assert " 3 received, 0% packet loss" in ping("10.77.0.60", 3)
+
+
+def again(daemon: Chaosd) -> None:
+    daemon.process.wait(PATIENCE)
+    assert not PLAN.exists()
+    daemon.start()
+
+
+def test_makers_killed(traces: Traces) -> None:
+    """A half-built shell goes with its maker, another takes its place, and the daemon serves on."""
+    with running(BUILDERS + ONE, DAEMON) as daemon, Chaos() as chaos:
+        filled(chaos)
+        create(chaos, "stays", DAYTIME, vif(60), wait_ready=30)
+        with pinging("10.77.0.60"):
+            for step in MAKING:
+                filled(chaos)
+                (maker,) = daemon.makers()
+                plan(step)
+                chaos.call("pool.drain", name="daytime")
+                dies(maker)
+            filled(chaos)
+            create(chaos, "net", DAYTIME, vif(61), wait_ready=30)
+            assert " 3 received, 0% packet loss" in ping("10.77.0.61", 3)
+
+
+@pytest.mark.parametrize("victim", ["noxsd", "xendevd"])
+def test_a_daemon_of_the_host_killed(victim: str, traces: Traces) -> None:
+    """Creates and destroys that were under way end well once it is back."""
+    pid_of, restart = {"noxsd": (noxsd_pid, start_noxsd), "xendevd": (xendevd_pid, start_xendevd)}[
+        victim
+    ]
+
+    def killed_at(step: str, chaos: Chaos, method: str, **params: Any) -> Any:
+        pid = pid_of()
+        plan(step, pid)
+        request = chaos.submit(method, **params)
+        dies(pid)
+        restart()
+        return request.result()
+
+    with running(BUILDERS + ONE, DAEMON), Chaos() as chaos:
+        filled(chaos)
+        create(chaos, "stays", DAYTIME, vif(60), wait_ready=30)
+        with pinging("10.77.0.60"):
+            for step in MAKING:
+                filled(chaos)
+                killed_at(step, chaos, "pool.drain", name="daytime")
+            guest = [f'kernel="{GUESTS}/daytime.elf"', vif(61), 'name="victim"']
+            for number, step in enumerate(boundaries([*DELIVERY[:-1], *DESTROYING[:-1]])):
+                filled(chaos)
+                if number < len(DELIVERY) - 1:
+                    killed_at(step, chaos, "create", path=DAYTIME, overrides=guest, wait_ready=30)
+                    assert " 3 received, 0% packet loss" in ping("10.77.0.61", 3), step
+                    chaos.call("destroy", domains=["victim"])
+                else:
+                    chaos.call("create", path=DAYTIME, overrides=guest, wait_ready=30)
+                    killed_at(step, chaos, "destroy", domains=["victim"])
+                assert named(chaos) == {"stays"}, step
+
+
+def start_noxsd() -> None:
+    start("noxsd")
+    wait_for(serves, "noxsd does not start again")
+
+
+def start_xendevd() -> None:
+    start("xendevd")
+    wait_for(hotplug.running, "xendevd does not start again")
+
+
+def test_a_restart_outlives_the_daemon(traces: Traces) -> None:
+    with running(BUILDERS + ONE) as daemon:
+        with Chaos() as chaos:
+            made = create(chaos, "again", HELLO, 'on_crash="restart"', wait_ready=30)
+            crash(traces.host, chaos, until="ready")
+            crash(traces.host, chaos, until="restart waits")  # two seconds
+            daemon.kill()
+        assert [info.domid for info in traces.host.ctrl.domain_list()] == [0]
+        daemon.start()
+        with Chaos() as chaos:
+            await_event(chaos.submit("events", token=""), "ready")
+            uuid = next(d["uuid"] for d in chaos.call("list") if d["name"] == "again")
+            assert uuid == made["uuid"]
+            assert os.listdir("/run/chaos/restarts") == []
+            # A restart that waits is called off by who destroys the guest.
+            crash(traces.host, chaos, until="restart waits")
+            events = chaos.submit("events", token="")
+            chaos.call("destroy", domains=["again"])
+            await_event(events, "restart called off")
+            assert named(chaos) == set()
+            with pytest.raises(ChaosError, match='no domain "again"'):
+                chaos.call("destroy", domains=["again"])
+
+
+def crash(host: Host, chaos: Chaos, *, until: str) -> None:
+    """Have the guest crash, and wait for an event of what comes of it."""
+    events = chaos.submit("events", token="")
+    domid = next(d["domid"] for d in chaos.call("list") if d["name"] == "again")
+    host.ctrl.domain_shutdown(domid, 3)
+    await_event(events, "died", domid)
+    await_event(events, until, None, close=True)
+
+
+def await_event(events: Any, kind: str, domid: int | None = None, *, close: bool = False) -> None:
+    for event in events.progress:
+        if event["event"] == kind and (domid is None or event.get("domid") == domid):
+            break
+    else:
+        raise AssertionError(f"no event {kind}")
+    if close:
+        events.cancel()
