@@ -38,6 +38,26 @@ SIMPLE = {
     "reboot": ("domains", "all", "wait", "timeout"),
 }
 """Methods that are verbs with --json, and the parameters that they take."""
+LOGGED = frozenset(
+    [
+        "create",
+        "destroy",
+        "shutdown",
+        "reboot",
+        "pause",
+        "unpause",
+        "rename",
+        "console",
+        "console.attach",
+        "pool",
+        "pool.add",
+        "pool.resize",
+        "pool.drain",
+        "pool.remove",
+    ]
+)
+"""Verbs and methods whose callers stand in the log: whatever changes something, or listens."""
+LOGGED_MAX = 200
 
 
 class Calls:
@@ -67,6 +87,8 @@ class Calls:
     ) -> Coroutine[Any, Any, Any] | None:
         """Begin with a request: what is left to do, or None if it is answered."""
         ident, method, params = request
+        if method in LOGGED:
+            self._log(connection, method, params)
         if method == "run":
             return self._run(connection, ident, params)
         if method == "signal":
@@ -86,6 +108,15 @@ class Calls:
             raise ProtocolError(f'no method "{method[:32]}"', hint="docs/protocol.md lists them")
         return handler(connection, ident, {**params, "": method})
 
+    def _log(self, connection: Connection, what: str, words: object) -> None:
+        """Say who asked for what, once the reply is out; repr keeps it on one line."""
+
+        def write() -> None:
+            peer = connection.peer
+            self.daemon.log(f"user {peer.uid}, process {peer.pid}: {what} {words!r:.{LOGGED_MAX}}")
+
+        self.daemon.loop.call_soon(write)
+
     # A whole command
 
     def _run(
@@ -95,6 +126,8 @@ class Calls:
         command = None
         try:
             argv = [os.fsdecode(word) for word in _list(params, "argv", bytes)]
+            if LOGGED.intersection(argv[:1]):
+                self._log(connection, "chaos", argv)
             if wants_client(argv):
                 connection.reply(ident, frames.EXEC, None)
                 return None
@@ -203,13 +236,7 @@ class Calls:
 
     async def _pause(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
         guest = self.daemon.find(_take(params, "domain", str))
-        ctrl = self.daemon.host.ctrl
-        if params[""] == "pause":
-            ctrl.domain_pause(guest.domid)
-            self.daemon.emit("paused", name=guest.name, domid=guest.domid)
-        else:
-            ctrl.domain_unpause(guest.domid)
-            self.daemon.emit("unpaused", name=guest.name, domid=guest.domid)
+        await self._captured(params[""], ["--", guest.uuid])
         return {"name": guest.name, "domid": guest.domid, "uuid": guest.uuid}
 
     async def _rename(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:

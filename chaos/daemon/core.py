@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import os
 import sys
 import threading
@@ -147,6 +148,10 @@ class Daemon:
     def emit(self, kind: str, **data: Any) -> None:
         """Tell of an event."""
         self.events.emit(kind, **data)
+
+    def tell(self, kind: str, **data: Any) -> None:
+        """Tell of an event, from any thread."""
+        self.loop.call_soon_threadsafe(functools.partial(self.emit, kind, **data))
 
     def log(self, message: str) -> None:
         """One line for the service manager's log."""

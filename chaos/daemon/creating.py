@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from chaos.cli import describe_error
 from chaos.progress import progress
-from chaos.verbs.create import names_of, report, sources
+from chaos.verbs.create import members, report, sources
 from xenctypes.errors import ChaosError
 
 if TYPE_CHECKING:
@@ -27,16 +27,20 @@ async def serve(call: Invocation) -> int:
     """Create what the command line asks for."""
     args, daemon = call.args, call.daemon
     path, overrides = sources(args)
-    base = daemon.reader.read(call.peer, call.directory, path, overrides)
-    if not args.quiet:
-        for warning in base.warnings:
-            call.warn(warning)
-    names = names_of(args, base.config.name)
+    wanted: list[Wanted] = []
+    for member in members(args, overrides):
+        if not wanted or member.overrides != overrides:
+            base = daemon.reader.read(call.peer, call.directory, path, member.overrides)
+            await asyncio.sleep(0)  # others have their turn
+        if not (args.quiet or wanted):
+            for warning in base.warnings:
+                call.warn(warning)
+        name = member.name(base.config.name)
+        wanted.append(base if name == base.config.name else base.named(name))
     if args.dryrun:
-        shown = [replace(base.config, name=name).as_dict() for name in names]
+        shown = [one.config.as_dict() for one in wanted]
         call.print_json(shown if args.count else shown[0])
         return 0
-    wanted = [base if name == base.config.name else base.named(name) for name in names]
     batch = Batch(call)
     try:
         await batch.create(wanted)

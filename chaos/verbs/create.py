@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chaos import config as configuration
 from chaos.builder import Builder
@@ -17,11 +19,14 @@ from xenctypes.errors import ChaosError, UsageError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from collections.abc import Iterator
 
     from chaos.config import DomainConfig
     from chaos.invocation import Invocation
 
 READY_TIMEOUT = 10.0
+NUMBER = "{n}"
+_NAMES = re.compile(r"\s*name\s*=")
 COUNT_MAX = 32751  # domids that a host has for guests: DOMID_FIRST_RESERVED of xen.h, less Dom0's
 
 
@@ -49,7 +54,8 @@ def configure(parser: ArgumentParser, name: str) -> None:
         "--count",
         type=int,
         metavar="N",
-        help="create N domains; {n} in the name is the number, else -1 to -N is appended",
+        help="create N domains; {n} in the name and in key=value is the number; a name without it"
+        " has -1 to -N appended",
     )
     parser.add_argument(
         "--name", metavar="NAME", help="the name, instead of the file's; {n} is the number"
@@ -118,20 +124,55 @@ def _configs(call: Invocation) -> list[DomainConfig]:
     """The configurations to create, checked; warnings are printed."""
     args = call.args
     path, overrides = sources(args)
-    config, warnings = configuration.load(path, overrides)
-    if not args.quiet:
-        for warning in warnings:
-            call.warn(warning)
-    configuration.supported(config)
-    return [replace(config, name=name) for name in names_of(args, config.name)]
+    directory = os.getcwd()
+    text = configuration.read(path, directory, regular=False)
+    found: list[DomainConfig] = []
+    for member in members(args, overrides):
+        if not found or member.overrides != overrides:
+            config, warnings = configuration.interpret(
+                text, path, member.overrides, directory=directory, regular=False
+            )
+            if not (args.quiet or found):
+                for warning in warnings:
+                    call.warn(warning)
+            configuration.supported(config)
+        found.append(replace(config, name=member.name(config.name)))
+    return found
 
 
-def names_of(args: Namespace, name: str) -> list[str]:
-    """The names of the domains to create: --name instead of the file's, numbered with --count."""
-    name = args.name or name
+class Member(NamedTuple):
+    """One of the domains to create: its ``overrides``, and what its name is made from.
+
+    ``number`` is 0 for the only one of a command without --count; ``given`` is --name or "".
+    """
+
+    number: int
+    overrides: list[str]
+    given: str
+    named: bool  # the overrides number its name
+
+    def name(self, configured: str) -> str:
+        """Its name, where the configuration says ``configured``."""
+        name = self.given or configured
+        if not self.number or (self.named and not self.given):
+            return name
+        return numbered(name, self.number) if NUMBER in name else f"{name}-{self.number}"
+
+
+def members(args: Namespace, overrides: list[str]) -> Iterator[Member]:
+    """The domains to create, with --count numbered in their names and in their overrides."""
+    given = args.name or ""
     if not args.count:
-        return [name]
-    return [_numbered(name, n) for n in range(1, args.count + 1)]
+        yield Member(0, overrides, given, named=False)
+        return
+    named = any(NUMBER in text and _NAMES.match(text) for text in overrides)
+    for n in range(1, args.count + 1):
+        yield Member(n, [numbered(text, n) for text in overrides], given, named)
+
+
+def numbered(text: str, n: int) -> str:
+    """The text of the n-th."""
+    return text.replace(NUMBER, str(n))
 
 
 def sources(args: Namespace) -> tuple[str, list[str]]:
@@ -157,10 +198,6 @@ def sources(args: Namespace) -> tuple[str, list[str]]:
     if problem:
         raise UsageError(f"chaos create: {problem}", hint="see chaos create --help")
     return path, overrides
-
-
-def _numbered(name: str, n: int) -> str:
-    return name.replace("{n}", str(n)) if "{n}" in name else f"{name}-{n}"
 
 
 def _create(call: Invocation, builder: Builder, config: DomainConfig) -> Creation:

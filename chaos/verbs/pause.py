@@ -28,10 +28,15 @@ def run(call: Invocation) -> int:
     if domain.record is not None and domain.record.state in {BUILDING, ENDING}:
         raise StateError(unfinished(domain.record), hint="try again")
     ctrl = call.host.ctrl
-    if call.args.verb == "pause":
-        if not domain.info.paused:
-            ctrl.domain_pause(domain.domid)
+    pause = call.args.verb == "pause"
+    if pause == domain.info.paused:
         return 0
-    while (info := ctrl.domain_info(domain.domid)) is not None and info.paused:
-        ctrl.domain_unpause(domain.domid)
+    if pause:
+        ctrl.domain_pause(domain.domid)
+    else:
+        while (info := ctrl.domain_info(domain.domid)) is not None and info.paused:
+            ctrl.domain_unpause(domain.domid)
+    if call.daemon is not None:
+        kind = "paused" if pause else "unpaused"
+        call.daemon.tell(kind, name=domain.name, domid=domain.domid, uuid=domain.uuid)
     return 0

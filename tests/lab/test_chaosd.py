@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
-from chaosd import GUESTS, filled, running, until
+from chaosd import GUESTS, LOG, filled, running, until
 from test_vif import Traces, ask, ping, vif
 
 from chaos import frames
@@ -472,6 +472,14 @@ def test_commands_through_the_daemon(nothing_left: None) -> None:
         assert [one["name"] for one in made] == [f"fw-{n}" for n in range(1, 21)]
         assert all(one["profile"]["ready_ms"] > 0 for one in made)
         assert command("wait", "fw-7").returncode == 0
+        events = chaos.submit("events")
+        assert command("pause", "fw-7").returncode == 0
+        assert command("pause", "fw-7").returncode == 0
+        assert command("unpause", "fw-7").returncode == 0
+        told = [next(events.progress) for _ in range(2)]
+        assert [(e["event"], e["name"]) for e in told] == [("paused", "fw-7"), ("unpaused", "fw-7")]
+        events.cancel()
+        assert re.search(r"user 0, process \d+: chaos \['pause', 'fw-7'\]", LOG.read_text())
         run = command("create", "examples/hello.cfg", "--count", "3", "--name", "fw-1{n}")
         assert run.returncode == 1  # fw-11 exists: all or nothing
         run = command("create", "examples/hello.cfg", "--count=3", "--name=fw-2{n}", "--keep-going")

@@ -38,9 +38,9 @@ PLAN = Path("/run/kill-plan")
 # What a destroy consists of, in its order: module, owner, function.
 DESTROY = (
     ("chaos.xenstored", "withdraw"),
-    ("xenctypes.ctrl.Ctrl", "domain_pause"),
+    ("xenctypes.ctrl.Xenctrl", "domain_pause"),
     ("chaos.vif", "disconnect_all"),
-    ("xenctypes.ctrl.Ctrl", "domain_destroy"),
+    ("xenctypes.ctrl.Xenctrl", "domain_destroy"),
     ("chaos.registry.Registry", "forget"),
 )
 OBEY = f"""
@@ -85,7 +85,6 @@ import chaos.registry, chaos.vif, chaos.xenstored, xenctypes.ctrl
 core.DELIVERY_STEPS = obeying(core.DELIVERY_STEPS)
 workers.MAKER = (sys.executable, "-P", "-c", {MAKER!r})
 """ + "\n".join(f"obeying_call({owner}, {name!r})" for owner, name in DESTROY)
-BUILDERS = "[daemon]\nbuilders = 1\n"
 
 pytestmark = pytest.mark.usefixtures("network")
 
@@ -163,7 +162,7 @@ DESTROYING = boundaries(name for _, name in DESTROY)
 
 def test_chaosd_killed(traces: Traces) -> None:
     """What was not finished is gone when it serves again, and what was being destroyed too."""
-    with running(BUILDERS + ONE, DAEMON) as daemon:
+    with running(ONE, DAEMON) as daemon:
         with Chaos() as chaos:
             create(chaos, "stays", DAYTIME, vif(60), wait_ready=30)
         with pinging("10.77.0.60"):
@@ -200,7 +199,7 @@ def again(daemon: Chaosd) -> None:
 
 def test_makers_killed(traces: Traces) -> None:
     """A half-built shell goes with its maker, another takes its place, and the daemon serves on."""
-    with running(BUILDERS + ONE, DAEMON) as daemon, Chaos() as chaos:
+    with running(ONE, DAEMON) as daemon, Chaos() as chaos:
         filled(chaos)
         create(chaos, "stays", DAYTIME, vif(60), wait_ready=30)
         with pinging("10.77.0.60"):
@@ -230,7 +229,7 @@ def test_a_daemon_of_the_host_killed(victim: str, traces: Traces) -> None:
         restart()
         return request.result()
 
-    with running(BUILDERS + ONE, DAEMON), Chaos() as chaos:
+    with running(ONE, DAEMON), Chaos() as chaos:
         filled(chaos)
         create(chaos, "stays", DAYTIME, vif(60), wait_ready=30)
         with pinging("10.77.0.60"):
@@ -261,7 +260,7 @@ def start_xendevd() -> None:
 
 
 def test_a_restart_outlives_the_daemon(traces: Traces) -> None:
-    with running(BUILDERS + ONE) as daemon:
+    with running(ONE) as daemon:
         with Chaos() as chaos:
             made = create(chaos, "again", HELLO, 'on_crash="restart"', wait_ready=30)
             crash(traces.host, chaos, until="ready")
