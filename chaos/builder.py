@@ -35,9 +35,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 
-from chaos.image import RAMDISK_MAX
+from chaos import acpi, pvh
+from chaos.image import RAMDISK_MAX, adopt_image, inspect, refusal
 from chaos.xldoc import printable
 from xenctypes.errors import CallFailed, ChaosError, ImageError, XenError
+from xenctypes.public import XC_DOM_HVM_CONTAINER, XC_DOM_PV_CONTAINER, XC_PAGE_SHIFT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,13 +56,17 @@ KERNEL_FLOOR = 128 << 20  # what any kernel may unpack to, symbols and all
 WORKSPACE = 128 << 20  # bytes beside the kernel: a decompressor's dictionary above all
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
-PV_GUEST_TYPE = b"xen-3.0-x86_64"
+GUEST_TYPES = {"pv": b"xen-3.0-x86_64", "pvh": b"hvm-3.0-x86_32"}
+"""What libxenguest calls them; a PVH guest starts in 32-bit mode, whatever it is."""
 SIF_MOD_START_PFN = 1 << 3  # public/xen.h: mod_start is a pfn
 PATIENCE = 120.0  # seconds for one request, after which a builder counts as hung
 
 
 class Loaded(NamedTuple):
-    """Where libxenguest put things, as machine frame numbers of a PV domain."""
+    """Where libxenguest put things: machine frames of a PV domain, guest frames of a PVH one.
+
+    A PVH guest has no start_info of this kind: its frame is 0.
+    """
 
     console_frame: int
     store_frame: int
@@ -98,14 +104,14 @@ class Builder:
         """Whether the process has not been closed; it may still have died unnoticed."""
         return self.pid > 0
 
-    def populate(self, domid: int, *, mib: int, reserved: int = 0) -> list[int]:
-        """Give a fresh PV domain ``mib`` MiB of memory.
+    def populate(self, domid: int, *, kind: str, mib: int, reserved: int = 0) -> list[int]:
+        """Give a fresh domain of type ``kind`` ``mib`` MiB of memory.
 
-        The last ``reserved`` pages of it are the toolstack's: their machine frames are
-        returned, and an image that would reach into them is refused.
+        The last ``reserved`` pages of it, below 4 GiB if it is PVH, are the toolstack's: their
+        frames are returned, and an image that would reach into them is refused.
         """
-        frames = self._call({"do": "populate", "domid": domid, "mib": mib, "reserved": reserved})
-        return _frames(frames, reserved)
+        request = {"do": "populate", "domid": domid, "kind": kind, "mib": mib, "reserved": reserved}
+        return _frames(self._call(request), reserved)
 
     def load(
         self,
@@ -294,7 +300,8 @@ def _serve(channel: socket.socket) -> None:
                 kind = "image" if error.function in IMAGE_CALLS else "xen"
                 reply = {"error": [kind, *explain(error)]}
             except ChaosError as error:
-                reply = {"error": ["xen", error.message, error.hint]}
+                kind = "image" if isinstance(error, ImageError) else "xen"
+                reply = {"error": [kind, error.message, error.hint]}
             except Exception as error:  # noqa: BLE001 - the parent must hear of it
                 reply = {"error": ["xen", f"domain builder: {type(error).__name__}: {error}", ""]}
             finally:
@@ -311,6 +318,12 @@ IMAGE_CALLS = frozenset(
 
 # The last page of what a PV guest starts with (count_pgtables in xg_dom_x86.c): at least 4 MiB.
 TOO_SMALL = re.compile(r"not enough memory for initial mapping \(0x([0-9a-f]{1,9}) >")
+# Its pages, and those laid out before it (xc_dom_chk_alloc_pages in xg_dom_core.c).
+TOO_LARGE = re.compile(
+    r"segment ([\w ]{1,32}) too large"
+    r" \(0x([0-9a-f]{1,9}) > 0x[0-9a-f]{1,9} - 0x([0-9a-f]{1,9}) pages"
+)
+SEGMENTS = {"kernel": "its kernel", "module0": "its ramdisk"}
 
 
 def explain(error: CallFailed) -> tuple[str, str]:
@@ -321,6 +334,11 @@ def explain(error: CallFailed) -> tuple[str, str]:
     if small:
         mib = (int(small[1], 16) >> 8) + 1
         return f"its first mapping needs {mib} MiB", f"raise memory= to {mib} or more"
+    large = TOO_LARGE.search(error.detail)
+    if large:
+        mib = (int(large[2], 16) + int(large[3], 16) >> 8) + 1
+        what = SEGMENTS.get(large[1], "it")
+        return f"{what} does not fit into its memory", f"raise memory= to more than {mib}"
     return f"not a bootable image: {error.detail or error.message}", error.hint
 
 
@@ -329,9 +347,8 @@ def _answer(
 ) -> Any:
     domid = request["domid"]
     if request["do"] == "populate":
-        build = builds[domid] = populate(ctrl, domid, request["mib"])
-        top = request["mib"] << 8
-        return [build.p2m(pfn) for pfn in range(top - request["reserved"], top)]
+        build = builds[domid] = populate(ctrl, domid, request["kind"], request["mib"])
+        return last_frames(build, request["reserved"])
     if request["do"] == "load":
         build = builds.pop(domid)
         try:
@@ -374,13 +391,20 @@ def memory_limit(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def populate(ctrl: Xenctrl, domid: int, mib: int) -> DomBuilder:
-    """Give a fresh PV domain its memory, in this process."""
+def populate(ctrl: Xenctrl, domid: int, kind: str, mib: int) -> DomBuilder:
+    """Give a fresh domain of type ``kind`` its memory, in this process."""
     from xenctypes.guest import DomBuilder
 
     build = DomBuilder(ctrl)
     try:
-        build.guest_type = PV_GUEST_TYPE  # before the kernel says so: it picks the arch hooks
+        build.guest_type = GUEST_TYPES[kind]  # before the kernel says so: it picks the arch hooks
+        if kind == "pvh":
+            build.container_type = XC_DOM_HVM_CONTAINER
+            build.target_pages = mib << 8
+            build.mmio_start = pvh.HOLE
+            build.mmio_size = pvh.GIB_4 - pvh.HOLE
+            build.lowmem_end = pvh.low_pages(mib) << XC_PAGE_SHIFT
+            build.highmem_end = pvh.high_end(mib)
         build.boot_xen_init(domid)
         build.rambase_init(0)
         build.mem_init(mib)
@@ -391,19 +415,33 @@ def populate(ctrl: Xenctrl, domid: int, mib: int) -> DomBuilder:
     return build
 
 
+def last_frames(build: DomBuilder, count: int) -> list[int]:
+    """The frames of the last pages of a domain that was populated: the toolstack's."""
+    top = _top(build)
+    return [build.p2m(pfn) for pfn in range(top - count, top)]
+
+
+def _top(build: DomBuilder) -> int:
+    hvm = build.container_type == XC_DOM_HVM_CONTAINER
+    return build.lowmem_end >> XC_PAGE_SHIFT if hvm else build.total_pages
+
+
 def _check_reserved(build: DomBuilder, reserved: int) -> None:
     """Refuse an image that was laid out over the pages at the top that are the toolstack's.
 
     The boot stack is the last page that libxenguest uses, but for a ramdisk that wants no
-    mapping (xg_dom_core.c, xc_dom_build_image); what follows it is padding.
+    mapping (xg_dom_core.c, xc_dom_build_image); what follows it is padding. A PVH guest has
+    neither stack nor padding.
     """
+    pv = build.container_type == XC_DOM_PV_CONTAINER
     end = build.bootstack_pfn + 1
-    if build.flags & SIF_MOD_START_PFN:
+    if not pv or build.flags & SIF_MOD_START_PFN:
         end = build.pfn_alloc_end
-    if reserved and end > build.total_pages - reserved:
+    if reserved and end > _top(build) - reserved:
+        mib = _mib_for(end + reserved) if pv else -(-(end + reserved) >> 8)
         raise XenError(
             f"its devices and metadata need {reserved << 2} KiB beside the image",
-            hint=f"raise memory= to {_mib_for(end + reserved)} or more",
+            hint=f"raise memory= to {mib} or more",
         )
 
 
@@ -423,8 +461,23 @@ def load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:
         raise CallFailed("xc_dom_build_image", 0, cause) from None
 
 
+def _refuse(kernel: int, kind: str) -> None:
+    """Raise ImageError if the reason why an image was not understood is its type.
+
+    What is inside a compressed kernel is looked at for that alone, since it takes seconds.
+    """
+    try:
+        with adopt_image(os.dup(kernel), "the kernel") as opened:
+            found = refusal(inspect(opened), kind)
+    except ImageError:
+        return
+    if found is not None:
+        why, hint = found
+        raise ImageError(f"not a bootable image: {why}", hint=hint)
+
+
 def _mib_for(pages: int) -> int:
-    """MiB of a guest in which so many pages have room, counted at its present size.
+    """MiB of a PV guest in which so many pages have room, counted at its present size.
 
     A MiB more makes its p2m list (8 bytes for each page) and page tables longer by a page at most.
     """
@@ -437,11 +490,20 @@ def _load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:
     if request["ramdisk"]:
         build.ramdisk_max_size(RAMDISK_MAX)
         build.ramdisk_file(f"/proc/self/fd/{fds[1]}")
-    build.parse_image()
-    if build.guest_type != PV_GUEST_TYPE:
+    kind = "pvh" if build.container_type == XC_DOM_HVM_CONTAINER else "pv"
+    try:
+        build.parse_image()
+    except CallFailed:
+        _refuse(fds[0], kind)
+        raise
+    if build.guest_type != GUEST_TYPES[kind]:
         raise CallFailed(
             "xc_dom_parse_image", 0, f"a {build.guest_type.decode()} kernel, not a 64-bit PV one"
         )
+    if kind == "pvh":
+        mib = build.total_pages >> 8
+        build.memory_map(pvh.memory_map(mib))
+        build.acpi(pvh.ACPI_ADDRESS, acpi.tables(pvh.ACPI_ADDRESS, request["vcpus"]))
     build.max_vcpus = request["vcpus"]
     build.console_evtchn = request["console_port"]
     build.xenstore_evtchn = request["store_port"]

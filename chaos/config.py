@@ -55,7 +55,6 @@ _WARNINGS_MAX = 20  # of unknown and of repeated settings; a hostile file could 
 
 # What the tree holds and a create cannot do yet: setting, whether a configuration asks for it, why.
 NOT_YET: tuple[tuple[str, Callable[[DomainConfig], bool], str], ...] = (
-    ("type", lambda config: config.type != "pv", "domains of type pvh are not supported yet"),
     (
         "vif",
         lambda config: any(vif.backend not in {"", "0", "Domain-0"} for vif in config.vifs),

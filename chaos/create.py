@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import time
 import uuid as uuid_module
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from errno import ENOMEM
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from chaos import image, registry, vif, xenstored
+from chaos import image, pvh, registry, vif, xenstored
 from chaos.devicepage import DevicePage
 from chaos.domains import reap
 from chaos.signals import held
@@ -37,10 +39,11 @@ from chaos.steps import (
 )
 from noxs.abi import STATE_READY
 from noxs.page import Page, more_pages
-from xenctypes.errors import DeviceError, StateError, XenError
+from xenctypes.errors import CallFailed, DeviceError, StateError, XenError
+from xenctypes.public import HVM_PARAM_STORE_PFN, XEN_X86_EMU_LAPIC
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
     from chaos.builder import Builder, Loaded
@@ -102,15 +105,20 @@ class Creation:
         return len(self.config.vifs) * vif.PAGES + self.more_pages
 
     @property
+    def top(self) -> int:
+        """The first pfn behind the memory that has our pages at its end."""
+        config = self.config
+        return pvh.low_pages(config.memory) if config.type == "pvh" else config.memory << 8
+
+    @property
     def page_frames(self) -> list[int]:
-        """The machine frames of the device page's area."""
+        """The frames of the device page's area."""
         assert self.loaded is not None
         return [self.loaded.store_frame, *self.reserved[len(self.config.vifs) * vif.PAGES :]]
 
     def describe(self) -> Page:
         """What the guest will read of itself."""
-        total = self.config.memory << 8
-        top = total - len(self.reserved)
+        first = self.top - len(self.reserved)
         return Page(
             self.config.name,
             self.domid,
@@ -118,8 +126,8 @@ class Creation:
             devices=tuple(prepared.describe() for prepared in self.vifs),
             metadata=self.config.metadata,
             first_free_gref=vif.FIRST_GREF + len(self.vifs) * vif.PAGES,
-            more_pages=tuple(range(total - self.more_pages, total)),
-            reserved=((top, len(self.reserved)),) if self.reserved else (),
+            more_pages=tuple(range(self.top - self.more_pages, self.top)),
+            reserved=((first, len(self.reserved)),) if self.reserved else (),
         )
 
     def run(self, steps: Sequence[Step[Creation]] | None = None) -> Creation:
@@ -216,16 +224,18 @@ def _check_devices(creation: Creation) -> None:
 
 def _create_domain(creation: Creation) -> None:
     host = creation.host
+    flags = pvh.flags(creation.config.type, host.virt_caps)
     grant_version = host.grant_version
     with held():  # a signal must not come between the domain and our knowing of it
         creation.domid = host.ctrl.domain_create(
             uuid=creation.uuid.bytes,
-            flags=0,
+            flags=flags,
             max_vcpus=creation.config.maxvcpus,
             max_evtchn_port=creation.config.max_event_channels,
             max_grant_frames=creation.config.max_grant_frames,
             max_maptrack_frames=creation.config.max_maptrack_frames,
             grant_opts=grant_version,
+            emulation_flags=XEN_X86_EMU_LAPIC if creation.config.type == "pvh" else 0,
         )
 
 
@@ -238,6 +248,8 @@ def _destroy_domain(creation: Creation) -> None:
 def _create_vcpus(creation: Creation) -> None:
     ctrl = creation.host.ctrl
     ctrl.domain_max_vcpus(creation.domid, creation.config.maxvcpus)
+    if creation.config.type == "pvh":
+        pvh.describe_vcpus(ctrl, creation.domid)
     for vcpu, cpus in enumerate(creation.config.affinity):
         if not cpus.everything:
             wanted = cpus.resolve(creation.host.nr_cpus)
@@ -252,17 +264,30 @@ def _populate(creation: Creation) -> None:
     config = creation.config
     ctrl = creation.host.ctrl
     ctrl.domain_setmaxmem(creation.domid, config.maxmem * 1024 + SLACK_KIB)
-    if config.maxmem > config.memory:
+    if config.type == "pvh":
+        ctrl.domain_set_memory_map(creation.domid, pvh.memory_map(config.memory))
+    elif config.maxmem > config.memory:
         ctrl.domain_set_memmap_limit(creation.domid, config.maxmem * 1024 + SLACK_KIB)
-    try:
+    with _enough_memory(creation):
+        if config.type == "pvh":
+            size = pvh.paging_bytes(config, hap="hap" in creation.host.virt_caps)
+            ctrl.set_paging_mempool_size(creation.domid, size)
         creation.reserved = creation.builder.populate(
-            creation.domid, mib=config.memory, reserved=creation.reserve
+            creation.domid, kind=config.type, mib=config.memory, reserved=creation.reserve
         )
+
+
+@contextmanager
+def _enough_memory(creation: Creation) -> Iterator[None]:
+    """Say so when the reason of a failure is that the host has too little."""
+    try:
+        yield
     except XenError as error:
-        free = ctrl.physinfo().free_pages >> 8
-        if free < config.memory:
+        free = creation.host.ctrl.physinfo().free_pages >> 8
+        wanted = creation.config.memory
+        if free < wanted or (isinstance(error, CallFailed) and error.errno == ENOMEM):
             raise XenError(
-                f"not enough memory: {config.memory} MiB asked for, {free} MiB free",
+                f"not enough memory: {wanted} MiB asked for, {free} MiB free",
                 hint="destroy a domain, or lower memory=",
             ) from error
         raise
@@ -298,7 +323,7 @@ def _prepare_vifs(creation: Creation) -> None:
     assert creation.entry is not None
     creation.record.domid = creation.domid  # where the reaper would look for the vifs
     creation.entry.write(creation.record)
-    top = (creation.config.memory << 8) - len(creation.reserved)
+    top = creation.top - len(creation.reserved)
     for index, config in enumerate(creation.config.vifs):
         first = index * vif.PAGES
         creation.vifs.append(
@@ -347,6 +372,9 @@ def _load(creation: Creation) -> None:
         store_port=creation.store_port if creation.noxs else 0,
         reserved=len(creation.reserved),
     )
+    if creation.config.type == "pvh" and not creation.noxs:
+        # Nor look for one: Linux waits for whoever may serve a page that is there.
+        creation.host.ctrl.hvm_param_set(creation.domid, HVM_PARAM_STORE_PFN, 0)
 
 
 def _write_page(creation: Creation) -> None:

@@ -36,7 +36,7 @@ class Host:
     def close(self) -> None:
         """Close every handle that was opened; each opens again when next used."""
         self._stack.close()
-        for name in ("ctrl", "evtchn", "memory", "bus", "nr_cpus", "grant_version"):
+        for name in ("ctrl", "evtchn", "memory", "bus", "nr_cpus", "virt_caps"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -73,6 +73,11 @@ class Host:
         return self.ctrl.physinfo().nr_cpus
 
     @cached_property
+    def virt_caps(self) -> frozenset[str]:
+        """What the hypervisor can do, as ``xl info`` names it."""
+        return frozenset(self.ctrl.physinfo().virt_caps())
+
+    @property
     def grant_version(self) -> int:
         """The highest grant table version that the hypervisor offers."""
-        return 2 if "gnttab-v2" in self.ctrl.physinfo().virt_caps() else 1
+        return 2 if "gnttab-v2" in self.virt_caps else 1

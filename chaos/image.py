@@ -197,14 +197,23 @@ def check_type(info: ImageInfo, wanted: str, *, path: str = "") -> None:
 
     ``path`` is the image's name in messages, if not the one that it was opened by.
     """
+    refused = refusal(info, wanted)
+    if refused is not None:
+        why, hint = refused
+        raise _error(path or info.path, why, hint)
+
+
+def refusal(info: ImageInfo, wanted: str) -> tuple[str, str] | None:
+    """Why the image cannot boot as a guest of type ``wanted``, and the way out; None if it can."""
     if wanted not in info.types:
         why = info.refusals.get(wanted, f"it boots as {' or '.join(sorted(info.types))} only")
         other = next(iter(info.types), "")
-        raise _error(path or info.path, why, hint=f'type = "{other}" boots it' if other else "")
+        return why, f'type = "{other}" boots it' if other else ""
     if wanted == "pv" and info.bits == 32:
         # Xen switches a PV domain to 32 bits only while it has no memory (switch_compat in
         # xen/arch/x86/pv/domain.c), and a shell has its memory before its kernel is known.
-        raise _error(path or info.path, "a 32-bit PV kernel; PV guests here are 64-bit")
+        return "a 32-bit PV kernel; PV guests here are 64-bit", ""
+    return None
 
 
 def check_abi(info: ImageInfo) -> None:

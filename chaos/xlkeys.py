@@ -80,16 +80,21 @@ _IGNORED = (
     ),
     (
         """
-        hap oos shadow_memory firmware_override bios bios_path_override pae acpi acpi_s3 acpi_s4
-        acpi_laptop_slate apic nx hpet vpt_align timer_mode altp2mhvm altp2m_count
-        acpi_firmware smbios_firmware smbios ms_vm_genid mmio_hole xen_platform_pci
-        xen_platform_pci_bar_uc viridian hvm_pirq mca_caps boot hdtype stdvga vga serial soundhw
-        usb usbversion usbdevice vkb_device vendor_device spice spicehost spiceport
-        spicetls_port spicedisable_ticketing spicepasswd spiceagent_mouse spicevdagent
-        spice_clipboard_sharing spiceusbredirection spice_image_compression
+        hap oos shadow_memory acpi apic nx timer_mode
+        """,
+        "a PV guest has no use for it, and for a PVH guest chaos chooses",
+    ),
+    (
+        """
+        firmware_override bios bios_path_override pae acpi_s3 acpi_s4 acpi_laptop_slate hpet
+        vpt_align altp2mhvm altp2m_count acpi_firmware smbios_firmware smbios ms_vm_genid
+        mmio_hole xen_platform_pci xen_platform_pci_bar_uc viridian hvm_pirq mca_caps boot hdtype
+        stdvga vga serial soundhw usb usbversion usbdevice vkb_device vendor_device spice
+        spicehost spiceport spicetls_port spicedisable_ticketing spicepasswd spiceagent_mouse
+        spicevdagent spice_clipboard_sharing spiceusbredirection spice_image_compression
         spice_streaming_video
         """,
-        "a PV guest has no use for it",
+        "it is for HVM only",
     ),
 )
 

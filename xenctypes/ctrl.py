@@ -296,6 +296,11 @@ class Xenctrl(Handle):
         """What XENMEM_memory_map tells a PV domain about its size, in KiB."""
         self._lib.xc_domain_set_memmap_limit(self.raw, domid, kib)
 
+    def domain_set_memory_map(self, domid: int, ranges: Sequence[tuple[int, int, int]]) -> None:
+        """What XENMEM_memory_map tells a domain: (address, bytes, XEN_HVM_MEMMAP_TYPE_*) each."""
+        entries = (structs.e820entry * len(ranges))(*(structs.e820entry(*r) for r in ranges))
+        self._lib.xc_domain_set_memory_map(self.raw, domid, byref(entries), len(ranges))
+
     def domain_sethandle(self, domid: int, uuid: bytes) -> None:
         """Set the 16 bytes that the hypervisor keeps for the toolstack."""
         if len(uuid) != 16:

@@ -1,9 +1,12 @@
 """libxenguest: building a domain from an image (xenguest.h, xc_dom_*).
 
-A PV build goes through these steps in this order::
+A build goes through these steps in this order::
 
     boot_xen_init, kernel_file or kernel_mem, [ramdisk_file], parse_image,
     rambase_init, mem_init, boot_mem_init, build_image, boot_image, gnttab_init
+
+That of an HVM container (PVH) sets ``container_type`` before parse_image, the layout of its
+memory before boot_mem_init, ``memory_map`` and ``acpi`` before build_image.
 
 The image is somebody else's, and the library reads it with pointers: build in
 a process that may crash.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import os
 from ctypes import (
+    addressof,
     c_char,
     c_char_p,
     c_int,
@@ -20,6 +24,7 @@ from ctypes import (
     c_uint64,
     c_void_p,
     cast,
+    create_string_buffer,
     set_errno,
     string_at,
 )
@@ -28,9 +33,11 @@ from xenctypes.errors import CallFailed
 from xenctypes.handle import EINVAL, Handle
 from xenctypes.loader import load
 from xenctypes.public import INVALID_MFN
+from xenctypes.structs import e820entry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from xenctypes.ctrl import Xenctrl
@@ -70,6 +77,12 @@ DOM_IMAGE: dict[str, tuple[int, Any]] = {
     "mmio_start": (1728, c_uint64),
     "mmio_size": (1736, c_uint64),
     "lowmem_end": (1744, c_uint64),
+    "highmem_end": (1752, c_uint64),
+    "acpi_modules[0].data": (1800, c_void_p),
+    "acpi_modules[0].length": (1808, c_uint32),
+    "acpi_modules[0].guest_addr_out": (1816, c_uint64),
+    "e820": (1920, c_void_p),
+    "e820_entries": (1928, c_uint32),
     "max_vcpus": (1944, c_uint32),
 }
 DOM_IMAGE_MEMFLAGS = (1948, c_uint32)  # since 4.22
@@ -127,6 +140,7 @@ class DomBuilder(Handle):
     mmio_start = _Field("mmio_start")
     mmio_size = _Field("mmio_size")
     lowmem_end = _Field("lowmem_end")
+    highmem_end = _Field("highmem_end")
     max_vcpus = _Field("max_vcpus")
     # Results
     start_info_pfn = _Field("start_info_pfn")
@@ -150,7 +164,7 @@ class DomBuilder(Handle):
         self._xenctrl = xenctrl
         self._failed = ""
         self._done: dict[str, None] = {}
-        self._blobs: list[bytes] = []  # the library has pointers to them
+        self._blobs: list[Any] = []  # the library has pointers to them
         super().__init__(
             lambda _: self._lib.xc_dom_allocate(xenctrl.image_raw, cmdline, features),
             self._lib.xc_dom_release,
@@ -331,10 +345,33 @@ class DomBuilder(Handle):
         offset, kind = DOM_IMAGE_MEMFLAGS
         return int(kind.from_address(self.field_address("memflags", offset)).value)
 
+    # For an HVM container, before build_image
+
+    def memory_map(self, ranges: Sequence[tuple[int, int, int]]) -> None:
+        """What start_info tells of the memory: (address, bytes, XEN_HVM_MEMMAP_TYPE_*) each."""
+        entries = (e820entry * len(ranges))(*(e820entry(*r) for r in ranges))
+        self._point("e820", entries)
+        self._put("e820_entries", len(ranges))
+
+    def acpi(self, address: int, tables: bytes) -> None:
+        """ACPI tables, to be placed at a physical address without memory: the RSDP first."""
+        data = create_string_buffer(tables, len(tables))
+        self._point("acpi_modules[0].data", data)
+        self._put("acpi_modules[0].length", len(tables))
+        self._put("acpi_modules[0].guest_addr_out", address)
+
+    def _point(self, name: str, target: Any) -> None:
+        self._blobs.append(target)
+        self._put(name, addressof(target))
+
+    def _put(self, name: str, value: int) -> None:
+        offset, kind = DOM_IMAGE[name]
+        kind.from_address(self.field_address(name, offset)).value = value
+
     # Frames, after boot_mem_init
 
     def p2m(self, pfn: int) -> int:
-        """The frame behind a pfn of this domain: of a PV domain, its mfn.
+        """The frame behind a pfn of this domain: its mfn, and in an HVM container the pfn itself.
 
         Raises CallFailed (EFAULT) if there is none. xc_dom_p2m in xenguest.h.
         """

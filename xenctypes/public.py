@@ -159,15 +159,23 @@ HVM_PARAM_STORE_PFN = 1
 HVM_PARAM_STORE_EVTCHN = 2
 HVM_PARAM_IDENT_PT = 12
 HVM_PARAM_TIMER_MODE = 10
+HVMPTM_no_delay_for_missed_ticks = 1
 HVM_PARAM_CONSOLE_PFN = 17
 HVM_PARAM_CONSOLE_EVTCHN = 18
 
 # arch-x86/hvm/start_info.h
 XEN_HVM_START_MAGIC_VALUE = 0x336EC578
+XEN_HVM_MEMMAP_TYPE_RAM = 1
+XEN_HVM_MEMMAP_TYPE_RESERVED = 2
+XEN_HVM_MEMMAP_TYPE_ACPI = 3
 
 # xenctrl.h: xc_interface_open
 XC_OPENFLAG_DUMMY = 1 << 0
 XC_OPENFLAG_NON_REENTRANT = 1 << 1
+
+# xenguest.h: the frames of an HVM container that libxenguest sets aside below 4 GiB
+X86_HVM_NR_SPECIAL_PAGES = 8
+X86_HVM_END_SPECIAL_REGION = 0xFF000
 
 # xenguest.h: xc_dom_image.container_type
 XC_DOM_PV_CONTAINER = 0

@@ -291,6 +291,7 @@ XENCTRL: dict[str, Row] = {
     "xc_domain_max_vcpus": (ZERO, xc_interface, domid_t, c_uint),
     "xc_domain_setmaxmem": (ZERO, xc_interface, domid_t, c_uint64),
     "xc_domain_set_memmap_limit": (ZERO, xc_interface, domid_t, c_ulong),
+    "xc_domain_set_memory_map": (ZERO, xc_interface, domid_t, c_void_p, c_uint32),
     "xc_domain_sethandle": (ZERO, xc_interface, domid_t, c_char_p),
     "xc_domain_set_time_offset": (ZERO, xc_interface, domid_t, c_int32),
     "xc_domain_set_tsc_info": (

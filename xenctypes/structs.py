@@ -139,6 +139,16 @@ class xen_compile_info(Structure):
     )
 
 
+# memory.h
+
+
+class e820entry(Structure):
+    """A range of a domain's memory map, in bytes (xenctrl.h); ``type`` is XEN_HVM_MEMMAP_TYPE_*."""
+
+    _pack_ = 1
+    _fields_ = (("addr", c_uint64), ("size", c_uint64), ("type", c_uint32))
+
+
 # event_channel.h
 
 

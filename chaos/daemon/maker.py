@@ -62,11 +62,10 @@ class LocalBuilder:
         self._host = host
         self._builds: dict[int, DomBuilder] = {}
 
-    def populate(self, domid: int, *, mib: int, reserved: int = 0) -> list[int]:
+    def populate(self, domid: int, *, kind: str, mib: int, reserved: int = 0) -> list[int]:
         """As Builder.populate."""
-        build = self._builds[domid] = builder.populate(self._host.ctrl, domid, mib)
-        top = mib << 8
-        return [build.p2m(pfn) for pfn in range(top - reserved, top)]
+        build = self._builds[domid] = builder.populate(self._host.ctrl, domid, kind, mib)
+        return builder.last_frames(build, reserved)
 
     def load(self, domid: int, *, kernel: int, ramdisk: int | None, **rest: Any) -> builder.Loaded:
         """As Builder.load."""

@@ -15,6 +15,7 @@ from chaos import builder
 from xenctypes.ctrl import Xenctrl
 from xenctypes.errors import CallFailed, XenError
 from xenctypes.guest import DomBuilder
+from xenctypes.public import XC_DOM_PV_CONTAINER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,6 +108,8 @@ def test_a_kernel_is_hardly_larger_than_its_guest(size: int, pages: int, most: i
 class Built:
     """A built image: what of DomBuilder says where it ends."""
 
+    container_type = XC_DOM_PV_CONTAINER
+
     def __init__(self, end: int, mib: int) -> None:
         self.bootstack_pfn = end - 1
         self.total_pages = mib << 8
@@ -135,5 +138,11 @@ def test_too_little_for_the_first_mapping_is_no_fault_of_the_image() -> None:
         "its first mapping needs 4 MiB",
         "raise memory= to 4 or more",
     )
+    detail = "xc_dom_chk_alloc_pages: segment {} too large (0x3ff > 0x2000 - 0x1c00 pages)"
+    for segment, what in (("kernel", "its kernel"), ("module0", "its ramdisk"), ("padding", "it")):
+        assert builder.explain(CallFailed("xc_dom_build_image", 0, detail.format(segment))) == (
+            f"{what} does not fit into its memory",
+            "raise memory= to more than 32",
+        )
     failed = CallFailed("xc_dom_parse_image", 0, "no loader")
     assert builder.explain(failed) == ("not a bootable image: no loader", "")
