@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import os
 import select
-from _socket import SO_PEERCRED, SOL_SOCKET, socket  # the socket module takes 10 ms to import
-from struct import Struct
-from time import monotonic
 
 from noxs import snapshot, wire
 from noxs.requests import handle
+from noxs.service import Client, Service
 from noxs.snapshot import KERNEL
 from noxs.store import Connection, Store
 from noxs.wire import Decoder
@@ -23,21 +21,15 @@ from xenctypes.errors import StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable
-    from typing import Any
 
     from noxs.journal import Journal
     from noxs.wire import Message
     from noxs.xenbus import XenBus
 
-BACKLOG_MAX = 1 << 20
-"""Bytes that may wait for a client that does not read; with more it is closed."""
 KERNEL_BACKLOG = 1 << 16
 """Bytes waiting for the kernel above which no socket is read."""
-CLIENTS_MAX = 512
-CHUNK = 1 << 12
-"""Bytes read from a client before the others have their turn: 227 requests of the shortest kind,
-whose replies, of the longest kind, are still less than BACKLOG_MAX."""
 COMPACT_AFTER = 1 << 20
 """Bytes of log after which the journal is compacted, unless the last snapshot is larger."""
 
@@ -48,26 +40,11 @@ JOURNALLED = frozenset({
 })  # fmt: skip
 """Requests that are journalled; so is every one inside a transaction."""
 
-_CREDENTIALS = Struct("iII")
 _RETRY = 1.0
-_COMPLAIN_EVERY = 10.0
-_READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
+_READ = select.EPOLLIN
 
 
-class Client(Connection):
-    """A socket. ``backlog`` waits to be sent on it; meanwhile it is not read."""
-
-    __slots__ = ("backlog", "decoder", "fd", "sock")
-
-    def __init__(self, ident: int, sock: socket) -> None:
-        super().__init__(ident)
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.decoder = Decoder()
-        self.backlog = bytearray()
-
-
-class Broker:
+class Broker(Service):
     """Serves one view until ``stop``.
 
     ``admit`` is asked with a peer's socket, uid and gid; ``boot`` identifies the boot that the
@@ -83,22 +60,12 @@ class Broker:
         admit: Callable[[socket, int, int], bool] = lambda _sock, uid, _gid: uid == 0,
         log: Callable[[str], None] = lambda _message: None,
     ) -> None:
+        super().__init__(listener, admit=admit, log=log)
         self.store = Store(log)
         self.xenbus: XenBus | None = None
         self.journal = journal
         self.boot = boot
-        self.listener = listener
-        self.admit = admit
-        self.log = log
-        self.clients: dict[int, Client] = {}
-        self.paused: list[Client] = []
-        self.next_ident = KERNEL + 1
-        self.complained = -_COMPLAIN_EVERY
-        self.stopping = False
         self.snapshot_fd = -1
-        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.poll = select.epoll()
-        self.poll.register(self.wake_fd, _READ)
 
     def restore(self) -> None:
         """Bring the view and the kernel's page to where the journal says. StateError.
@@ -159,27 +126,18 @@ class Broker:
         extra = {"boot": self.boot, "next_ident": self.next_ident, "xenbus": kernel}
         return snapshot.dump(self.store, extra)
 
-    def stop(self) -> None:
-        """Make ``run`` return once the events at hand are served; for signal handlers too."""
-        self.stopping = True
-        os.eventfd_write(self.wake_fd, 1)
-
     def run(self) -> None:
         """Serve until ``stop``."""
-        self.listener.setblocking(False)
-        self.poll.register(self.listener.fileno(), _READ)
+        self.listen()
         if self.xenbus is not None:
             self.poll.register(self.xenbus.channel.fileno(), _READ)
             self.xenbus.channel.notify()
         timeout = 0.0
         while not self.stopping:
             for fd, event in self.poll.poll(timeout):
-                client = self.clients.get(fd)
-                if client is not None:
-                    self._serve(client, event)
-                elif fd == self.listener.fileno():
-                    self._accept()
-                elif fd == self.snapshot_fd:
+                if self.serve_socket(fd, event):
+                    continue
+                if fd == self.snapshot_fd:
                     self._snapshot_done()
                 elif self.xenbus is not None and fd == self.xenbus.channel.fileno():
                     self.xenbus.channel.take()
@@ -191,8 +149,7 @@ class Broker:
 
     def close(self) -> None:
         """Close every socket, and the journal with a last snapshot."""
-        for client in list(self.clients.values()):
-            self._close(client)
+        self.close_clients()
         if self.journal is not None:
             try:
                 self.journal.replace(self._state())
@@ -210,72 +167,32 @@ class Broker:
             self._complain(error)
             return _RETRY
         if self.paused and len(self.xenbus.queue) < KERNEL_BACKLOG:
-            for client in self.paused:
-                self.poll.register(client.fd, _READ)
-            self.paused.clear()
+            self.resume_clients()
         return timeout
 
     # Sockets
 
-    def _accept(self) -> None:
-        try:
-            fd = _accept(self.listener)
-        except OSError as error:
-            self.log(f"accept: {error}")
-            return
-        sock = socket(fileno=fd)
-        sock.setblocking(False)
-        credentials = sock.getsockopt(SOL_SOCKET, SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, gid = _CREDENTIALS.unpack(credentials)
-        client = Client(self.next_ident, sock)
-        if not self.admit(sock, uid, gid):
-            self.log(f"process {pid} of user {uid} refused")
-            self._send(client, wire.pack(wire.ERROR, 0, 0, b"EACCES\0"))
-            sock.close()
-        elif len(self.clients) >= CLIENTS_MAX:
-            self.log(f"process {pid} refused: {CLIENTS_MAX} clients are connected")
-            self._send(client, wire.pack(wire.ERROR, 0, 0, b"EBUSY\0"))
-            sock.close()
-        else:
-            self.next_ident += 1
-            self.clients[client.fd] = client
-            self.store.connect(client)
-            self.poll.register(client.fd, _READ)
+    def connected(self, client: Client) -> None:
+        """See Service."""
+        self.store.connect(client)
 
-    def _serve(self, client: Client, event: int) -> None:
-        if event & _WRITE:
-            backlog = bytes(client.backlog)
-            client.backlog.clear()
-            if self._send(client, backlog) and not client.backlog:
-                self.poll.modify(client.fd, _READ)
-        elif self.xenbus is not None and len(self.xenbus.queue) > KERNEL_BACKLOG:
-            self.poll.unregister(client.fd)
-            self.paused.append(client)
-        else:
-            self._read(client)
+    def disconnected(self, client: Client) -> None:
+        """See Service."""
+        self.store.disconnect(client)
 
-    def _read(self, client: Client) -> None:
-        try:
-            data = client.sock.recv(CHUNK)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        decoder = client.decoder
-        messages = decoder.feed(data)
+    def busy(self) -> bool:
+        """See Service."""
+        return self.xenbus is not None and len(self.xenbus.queue) > KERNEL_BACKLOG
+
+    def answer(self, client: Client, messages: list[Message]) -> None:
+        """See Service."""
         if self._journal(client, messages):
             for message in messages:
                 handle(self.store, client, message)
         else:
             for _, req_id, tx_id, _ in messages:
-                self._reply(client, wire.pack(wire.ERROR, req_id, tx_id, b"ENOSPC\0"))
-        if decoder.bad is not None:
-            self._refuse(client, decoder.bad[1], decoder.bad[2])
-        elif not data:
-            if decoder.pending:
-                self._refuse(client, *_identify(decoder.pending))
-            else:
-                self._close(client)
+                client.out.append(wire.pack(wire.ERROR, req_id, tx_id, b"ENOSPC\0"))
+                self.store.touched.add(client)
 
     def _journal(self, client: Client, messages: list[Message]) -> bool:
         """Journal those of a client's messages that need it; whether they may be handled."""
@@ -291,23 +208,9 @@ class Broker:
         return True
 
     def _complain(self, error: OSError) -> None:
-        now = monotonic()
-        if now > self.complained + _COMPLAIN_EVERY:
-            self.complained = now
-            self.log(
-                f"the journal cannot be written: changes are refused, the kernel waits: {error}"
-            )
-
-    def _refuse(self, client: Client, req_id: int, tx_id: int) -> None:
-        """Answer what comes before a malformed message, and that with an error; then close."""
-        self._reply(client, wire.pack(wire.ERROR, req_id, tx_id, b"EINVAL\0"))
-        self.log("a client sent a malformed message and is closed")
-        if self._send(client, b"".join(client.out)):
-            self._close(client)
-
-    def _reply(self, client: Client, message: bytes) -> None:
-        client.out.append(message)
-        self.store.touched.add(client)
+        self.complain(
+            f"the journal cannot be written: changes are refused, the kernel waits: {error}"
+        )
 
     def _flush(self) -> None:
         """Send what the view has for the sockets."""
@@ -317,38 +220,7 @@ class Broker:
             if isinstance(conn, Client) and conn.out:
                 data = b"".join(conn.out)
                 conn.out.clear()
-                self._send(conn, data)
-
-    def _send(self, client: Client, data: bytes) -> bool:
-        """Send, or keep what the socket does not take; False if the client had to be closed."""
-        sent = 0
-        if not client.backlog:
-            try:
-                sent = client.sock.send(data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._close(client)
-                return False
-        if sent < len(data):
-            if not client.backlog and client.fd in self.clients:
-                self.poll.modify(client.fd, _WRITE)
-            client.backlog += data[sent:]
-            if len(client.backlog) > BACKLOG_MAX:
-                self.log(f"a client that does not read {BACKLOG_MAX} bytes is closed")
-                self._close(client)
-                return False
-        return True
-
-    def _close(self, client: Client) -> None:
-        if self.clients.pop(client.fd, None) is None:
-            return
-        if client in self.paused:
-            self.paused.remove(client)
-        else:
-            self.poll.unregister(client.fd)
-        self.store.disconnect(client)
-        client.sock.close()
+                self.send(conn, data)
 
     # Compaction
 
@@ -369,14 +241,3 @@ class Broker:
         self.snapshot_fd = -1
         if not self.journal.settle():
             self.log("a snapshot could not be written; the journal keeps growing")
-
-
-def _accept(listener: Any) -> int:
-    fd, _ = listener._accept()  # noqa: SLF001 - what socket.socket.accept() is made of
-    return int(fd)
-
-
-def _identify(partial: bytes) -> tuple[int, int]:
-    """The req_id and tx_id of an incomplete message, as far as they are there."""
-    _, req_id, tx_id, _ = wire.HEADER.unpack(partial[:16].ljust(16, b"\0"))
-    return req_id, tx_id

@@ -181,13 +181,13 @@ def listen(path: str, group: int) -> socket:
     return listener
 
 
-def lock(path: str) -> int:
-    """A lock that this process holds for life, so that two noxsd do not share one journal."""
+def lock(path: str, name: str = "noxsd") -> int:
+    """A lock that this process holds for life, so that two daemons do not share one journal."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise BusError(f"another noxsd is running ({path} is locked)") from error
+        raise BusError(f"another {name} is running ({path} is locked)") from error
     return fd
 
 

@@ -15,6 +15,7 @@ from noxs.tree import Node, Transaction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from noxs.store import Store
@@ -50,8 +51,10 @@ def load(state: bytes) -> dict[str, Any]:
     return data
 
 
-def fill(store: Store, data: dict[str, Any]) -> None:
-    """Bring a new view to a loaded state."""
+def fill(
+    store: Store, data: dict[str, Any], make: Callable[[int], Connection] = Connection
+) -> None:
+    """Bring a new view to a loaded state; ``make`` makes a connection of a number."""
     tree = store.tree
     tree.generation = data["generation"]
     tree.nodes = {path: _thaw(node) for path, node in data["nodes"]}
@@ -61,7 +64,7 @@ def fill(store: Store, data: dict[str, Any]) -> None:
         tree.owned[owner] = tree.owned.get(owner, 0) + 1
     store.introduced = set(data["introduced"])
     for ident, next_tx, watches, transactions in data["connections"]:
-        conn = Connection(ident)
+        conn = make(ident)
         store.connect(conn)
         conn.next_tx = next_tx
         for path, token, order in watches:
@@ -91,12 +94,22 @@ def _freeze_connection(conn: Connection) -> tuple[Any, ...]:
 
 def _freeze_transaction(tx: Transaction) -> tuple[Any, ...]:
     nodes = [(path, node and _freeze(node)) for path, node in tx.nodes.items()]
-    return (tx.first, nodes, list(tx.own), tx.fire, tx.delta, tx.limit, tx.created, tx.failed)
+    return (
+        tx.first,
+        nodes,
+        list(tx.own),
+        tx.fire,
+        tx.delta,
+        tx.limit,
+        tx.created,
+        tx.failed,
+        tx.room,
+    )
 
 
 def _thaw_transaction(data: tuple[Any, ...]) -> Transaction:
-    first, nodes, own, fire, delta, limit, created, failed = data
-    tx = Transaction(limit)
+    first, nodes, own, fire, delta, limit, created, failed, *room = data
+    tx = Transaction(limit, *room)
     tx.first, tx.own, tx.fire, tx.delta = first, set(own), fire, delta
     tx.nodes = {path: node and _thaw(node) for path, node in nodes}
     tx.created, tx.failed = created, failed

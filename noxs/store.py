@@ -59,6 +59,14 @@ class Connection(Caller):
         self.transactions: dict[int, Transaction] = {}
         self.next_tx = FIRST_TX
 
+    def push(self, event: bytes) -> None:
+        """Take an encoded event to be sent."""
+        self.out.append(event)
+
+    def full(self) -> bool:
+        """Whether no more events are taken for now: those that come are lost."""
+        return False
+
 
 class Store:
     """One store view and everything that is connected to it."""
@@ -120,14 +128,13 @@ class Store:
         """Send one event, unless it is longer than a message may be."""
         body = b"%s\0%s\0" % (path[watch.skip :], watch.token)
         if len(body) <= PAYLOAD_MAX:
-            watch.conn.out.append(HEADER.pack(WATCH_EVENT, 0, 0, len(body)) + body)
+            watch.conn.push(HEADER.pack(WATCH_EVENT, 0, 0, len(body)) + body)
             self.touched.add(watch.conn)
 
-    def fire(self, path: bytes, *, exact: bool = False, among: Sequence[Change] = ()) -> None:
+    def fire(self, path: bytes, *, exact: bool = False, sight: Sight | None = None) -> None:
         """Send the events for one change: to watches of the path and, unless exact, above it.
 
-        ``among`` are the changes announced together, this one included: they tell what a watcher
-        was allowed to see before.
+        ``sight`` knows the changes announced together, this one included.
         """
         watches = self.watches
         found = watches.get(path, [])
@@ -141,31 +148,59 @@ class Store:
             # Two watches with one token get one event, as from send_event() in core.c.
             alike = {(watch.conn, watch.token, watch.skip): watch for watch in reversed(found)}
             found = sorted(alike.values(), key=_order)
+        blind: set[Connection] = set()
         for watch in found:
-            if watch.conn.privileged or self._may_see(watch.conn, path, among):
-                self.emit(watch, path)
+            conn = watch.conn
+            if conn in blind or conn.full():
+                continue
+            if not conn.privileged:
+                sight = sight or Sight(self.tree)
+                if not sight.permits(conn, path):
+                    blind.add(conn)
+                    continue
+            self.emit(watch, path)
 
-    def _may_see(self, who: Caller, path: bytes, among: Sequence[Change]) -> bool:
-        """Whether a watcher may learn of a change (watch_permitted() in watch.c)."""
-        gone = {name: node for name, _, node, _ in among}
-        for name, _, _, before in among:
-            if name == path and before and who.rights(before) & PERM_READ:
-                return True
+    def announce(self, tx: Transaction | None, changes: Sequence[Change]) -> None:
+        """Send the events for several changes, or keep them for the commit."""
+        sight = Sight(self.tree, changes)
+        for path, exact, _, _ in changes:
+            if tx is None:
+                self.fire(path, exact=exact, sight=sight)
+            else:
+                tx.note(path, exact=exact)
+
+
+class Sight:
+    """What watchers may learn of changes that are announced together (watch_permitted()).
+
+    The changes tell what a watcher was allowed to see before.
+    """
+
+    __slots__ = ("_before", "_gone", "_last", "_tree")
+
+    def __init__(self, tree: Tree, changes: Sequence[Change] = ()) -> None:
+        self._tree = tree
+        self._gone = {path: node for path, _, node, _ in changes}
+        self._before = {path: perms for path, _, _, perms in changes if perms}
+        self._last: tuple[Connection | None, bytes, bool] = (None, b"", False)
+
+    def permits(self, who: Connection, path: bytes) -> bool:
+        """Whether a watcher may learn of the change of a node."""
+        if self._last[:2] != (who, path):
+            self._last = (who, path, self._permits(who, path))
+        return self._last[2]
+
+    def _permits(self, who: Connection, path: bytes) -> bool:
+        before = self._before.get(path)
+        if before and who.rights(before) & PERM_READ:
+            return True
         for name in (path, parent(path)):
-            node = self.tree.nodes.get(name) or gone.get(name)
+            node = self._tree.nodes.get(name) or self._gone.get(name)
             if node is None:
                 return False
             if who.rights(node.perms) & PERM_READ:
                 return True
         return False
-
-    def announce(self, tx: Transaction | None, changes: Sequence[Change]) -> None:
-        """Send the events for several changes, or keep them for the commit."""
-        for path, exact, _, _ in changes:
-            if tx is None:
-                self.fire(path, exact=exact, among=changes)
-            else:
-                tx.note(path, exact=exact)
 
 
 def _order(watch: Watch) -> tuple[int, int]:

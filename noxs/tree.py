@@ -32,14 +32,20 @@ ABSENT = -1
 
 
 class Quota:
-    """What one unprivileged caller may use; the defaults are xenstored's (domain.c, quotas[])."""
+    """What one unprivileged caller may use; the defaults are xenstored's (domain.c, quotas[]).
+
+    Two are not: ``transaction_size``, the bytes of values that a transaction keeps, times
+    ``transactions`` is the memory that xenstored allows, and ``request_rate`` is per second.
+    """
 
     __slots__ = (
         "node_size",
         "nodes",
         "outstanding",
         "perms",
+        "request_rate",
         "transaction_nodes",
+        "transaction_size",
         "transactions",
         "watches",
     )
@@ -54,6 +60,8 @@ class Quota:
         transaction_nodes: int = 1024,
         perms: int = 5,
         outstanding: int = 20,
+        transaction_size: int = 1 << 18,
+        request_rate: int = 1000,
     ) -> None:
         self.nodes = nodes
         self.node_size = node_size
@@ -62,6 +70,8 @@ class Quota:
         self.transaction_nodes = transaction_nodes
         self.perms = perms
         self.outstanding = outstanding
+        self.transaction_size = transaction_size
+        self.request_rate = request_rate
 
 
 class Caller:
@@ -118,12 +128,14 @@ class Transaction:
     ``first`` has the generation and the permissions of each accessed node as first seen, ``nodes``
     the node as the transaction sees it (None: absent), ``own`` the paths that it changed, ``fire``
     the changes to announce at commit (True: the exact path only), ``delta`` the change in the
-    number of nodes per owner. ``failed`` means that the commit must fail.
+    number of nodes per owner. ``failed`` means that the commit must fail. ``limit`` bounds the
+    accessed nodes, ``room`` is left for the values of accessed and written nodes, in bytes.
     """
 
-    __slots__ = ("created", "delta", "failed", "fire", "first", "limit", "nodes", "own")
+    __slots__ = ("created", "delta", "failed", "fire", "first", "limit", "nodes", "own", "room")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, room: int = 1 << 40) -> None:
+        self.room = room
         self.first: dict[bytes, tuple[int, Perms | None]] = {}
         self.nodes: dict[bytes, Node | None] = {}
         self.own: set[bytes] = set()
@@ -132,6 +144,13 @@ class Transaction:
         self.limit = limit
         self.created = False
         self.failed = False
+
+    def keep(self, size: int) -> None:
+        """Count the bytes of a value that the transaction keeps. ENOSPC when they are too many."""
+        self.room -= size
+        if self.room < 0:
+            self.failed = True
+            raise StoreError(b"ENOSPC")
 
     def note(self, path: bytes, *, exact: bool) -> None:
         """Announce a change at commit; a change of the subtree outweighs one of the exact path."""
@@ -172,6 +191,8 @@ class Tree:
             tx.failed = True
             raise StoreError(b"ENOSPC")
         node = self.nodes.get(path)
+        if node is not None:
+            tx.keep(len(node.value))
         tx.nodes[path] = node
         tx.first[path] = (node.generation, node.perms) if node else (ABSENT, None)
         return node
@@ -242,6 +263,8 @@ class Tree:
                 self._why_absent(who, tx, path, PERM_WRITE)
                 raise StoreError(b"EACCES")
             self._check_size(who, tx, node, len(value))
+        if tx is not None:
+            tx.keep(len(value))
         self._own(tx, path, node).value = value
 
     def mkdir(self, who: Caller, tx: Transaction | None, path: bytes) -> bool:
@@ -274,6 +297,8 @@ class Tree:
                 raise StoreError(b"ENOSPC")
             self._check_size(who, tx, Node(b"", perms), len(value))
             self._check_size(who, tx, node, len(node.value), len(missing[-1]) - len(above) + 1)
+        if tx is not None:
+            tx.keep(len(value))
         node = self._own(tx, above, node)
         for name in reversed(missing):
             if node.children is None:
@@ -370,7 +395,14 @@ class Tree:
 
     def begin(self, who: Caller) -> Transaction:
         """Open a transaction; it must be given to ``commit`` or ``abort``."""
-        tx = Transaction(1 << 30 if who.privileged else who.quota.transaction_nodes)
+        quota = who.quota
+        tx = Transaction(
+            *(
+                (1 << 30, 1 << 40)
+                if who.privileged
+                else (quota.transaction_nodes, quota.transaction_size)
+            )
+        )
         self.generation += 1
         self.open.add(tx)
         return tx

@@ -61,11 +61,16 @@ class XenBus:
     not yet published of the stream to it, ``dead`` why it is no longer served, if it is not.
     """
 
-    def __init__(self, ring: Ring, channel: Channel, store: Store) -> None:
+    name = "Dom0's XenBus page"
+    reset_record = RECORD.pack(RESET, 0)
+
+    def __init__(
+        self, ring: Ring, channel: Channel, store: Store, conn: Connection | None = None
+    ) -> None:
         self.ring = ring
         self.channel = channel
         self.store = store
-        self.conn = Connection(KERNEL)
+        self.conn = conn or Connection(KERNEL)
         self.decoder = Decoder()
         self.queue = bytearray()
         self.cons = ring.req_cons
@@ -182,17 +187,17 @@ class XenBus:
     def _fail(self, code: int, why: str) -> None:
         """Stop serving the kernel, as docs/misc/xenstore-ring.txt has it."""
         self.dead = why
-        self.store.log(f"Dom0's XenBus page is corrupt, the kernel is no longer served: {why}")
+        self.store.log(f"{self.name} is corrupt, it is no longer served: {why}")
         self.ring.fail(code)
         self.store.reset(self.conn)
-        self.queue.clear()
+        self._silence()
         self.channel.notify()
 
     def _reset(self, journal: Journal | None) -> None:
         """Start over with an empty ring, because the kernel asks for it."""
-        self.store.log("Dom0's kernel reconnects: its watches and transactions are dropped")
+        self.store.log(f"{self.name}: the peer reconnects, without watches and transactions")
         if journal is not None:
-            journal.append(RECORD.pack(RESET, 0))
+            journal.append(self.reset_record)
         self._forget()
         self.ring.empty()
         self.ring.connected()
@@ -200,8 +205,12 @@ class XenBus:
 
     def _forget(self) -> None:
         self.store.reset(self.conn)
-        self.conn.out.clear()
+        self._silence()
         self.decoder = Decoder()
-        self.queue.clear()
         self.cons = self.prod = 0
         self.dead = ""
+
+    def _silence(self) -> None:
+        """Drop what is not yet published."""
+        self.conn.out.clear()
+        self.queue.clear()

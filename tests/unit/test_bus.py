@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from noxsd_process import Noxsd
 
-from noxs import broker, wire
+from noxs import service, wire
 from noxs.bus import Bus, server_paths
 from noxs.nodes import string
 from xenctypes.errors import BusError
@@ -561,7 +561,7 @@ def test_sixty_four_clients_at_once(noxsd: Noxsd) -> None:
 
 
 def test_too_many_clients_are_told(noxsd: Noxsd, monkeypatch: pytest.MonkeyPatch) -> None:
-    clients = [raw(noxsd) for _ in range(broker.CLIENTS_MAX)]
+    clients = [raw(noxsd) for _ in range(service.CLIENTS_MAX)]
     with Bus.connect(noxsd.socket, patience=5) as late, pytest.raises(BusError, match="EBUSY"):
         late.read("/")
     for sock in clients:
