@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     Request = tuple[int, bytes, str]
 
 NAMES = {
+    wire.CONTROL: "control",
     wire.DIRECTORY: "directory",
     wire.DIRECTORY_PART: "directory",
     wire.GET_PERMS: "get perms",

@@ -248,10 +248,21 @@ class Control:
         return events
 
 
+def listener(path: Path) -> socket.socket:
+    """A new listening socket in the place of what was there."""
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    sock.listen()
+    return sock
+
+
 class Host:
     """A Stores, its hardware, and the clock."""
 
-    def __init__(self, directory: Path, bridge: Any = None, *, journal: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, make_bridge: Callable[[], Any] = NoBridge, journal: bool = True
+    ) -> None:
         self.directory = directory
         self.hardware = Hardware(directory)
         self.clock = Clock()
@@ -260,19 +271,14 @@ class Host:
             os.makedirs(self.state, exist_ok=True)
         self.said: list[str] = []
         self.alive: dict[int, str] = {}
-        self.make_bridge: Callable[[], Any] = (lambda: bridge) if bridge else NoBridge
+        self.make_bridge = make_bridge
         self.stores: Stores
         self.start()
 
     def start(self) -> None:
-        path = self.directory / "control"
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
-        listener.listen()
         self.bridge = self.make_bridge()
         self.stores = Stores(
-            listener,
+            listener(self.directory / "control"),
             self.hardware,
             self.bridge,
             state=self.state,
@@ -286,6 +292,12 @@ class Host:
         self.stores.listen()
         self.stores.poll.register(self.hardware.fileno(), select.EPOLLIN)
         self.stores.poll.register(self.bridge.fileno(), select.EPOLLIN)
+
+    def restart(self) -> None:
+        """As after SIGKILL: ports and the socket are gone, pages and journals stay."""
+        self.hardware.bound.clear()
+        self.hardware.masked.clear()
+        self.start()
 
     def turn(self, seconds: float = 0.001) -> None:
         self.clock.now += seconds

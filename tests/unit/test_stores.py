@@ -359,6 +359,18 @@ def test_whose_requests_are_expensive_pays_for_them(
     assert 15 <= ring.handled - begin <= 22
 
 
+def test_events_without_requests_cost_whoever_sends_them(host: Host, guest: Guest) -> None:
+    visits, start = 0, host.clock.now
+    while host.clock.now < start + 10:
+        host.hardware.event(5)
+        host.turn(1e-5)
+        if 1005 not in host.hardware.masked:
+            visits += 1
+        else:
+            host.clock.now += 0.01
+    assert 15000 < visits < 25000
+
+
 def test_a_big_commit_under_many_watches_is_soon_done(guest: Guest) -> None:
     """Its events are lost above the bound; nothing is quadratic."""
     for i in range(128):
