@@ -18,17 +18,17 @@ import sys
 import time
 from pathlib import Path
 
-from figures import clock, ratio, summary
+from figures import clock, local, ratio, summary
 from pool import TREE, connect, start_daemons, wait
 
-SETTINGS = f"""
+SETTINGS = """
 [pool]
 adaptive = false
 
 [[flavour]]
 name = "hello"
 memory = 4
-kernel = "{TREE}/guests/build/hello.elf"
+kernel = "/run/hello.elf"
 size = 16
 """
 IDLE_SECONDS = 10.0
@@ -58,9 +58,7 @@ def main() -> int:
     start_daemons()
     settings = Path("/run/bench-many.toml")
     settings.write_text(SETTINGS)
-    config = Path("/run/hello.cfg")
-    text = Path("examples/hello.cfg").read_text()
-    config.write_text(text.replace('"guests/', f'"{TREE}/guests/'))
+    config = local(TREE, "hello")["hello"]
     daemon = subprocess.Popen(["chaosd", "--config", str(settings)])
     result: dict[str, object] = {"guests": args.guests}
     try:

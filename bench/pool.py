@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from figures import clock, ratio, spawn, summary
+from figures import clock, local, ratio, spawn, summary
 
 from chaos.client import Chaos
 from noxs import hotplug
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TREE = Path(__file__).resolve().parent.parent
-SETTINGS = f"""
+SETTINGS = """
 [pool]
 adaptive = false
 
@@ -50,7 +50,7 @@ adaptive = false
 name = "daytime"
 memory = 4
 vif = ["bridge=xenbr0"]
-kernel = "{TREE}/guests/build/daytime.elf"
+kernel = "/run/daytime.elf"
 size = 8
 
 [[flavour]]
@@ -171,19 +171,13 @@ def main() -> int:
     with_xl = subprocess.run(["xl", "info"], capture_output=True, check=False).returncode == 0
     os.chdir(TREE)
     start_daemons()
+    configs = local(TREE, "daytime", "hello")
     settings = Path("/run/bench-pool.toml")
     settings.write_text(SETTINGS)
     daemon = subprocess.Popen(["chaosd", "--config", str(settings)])
     try:
         with connect() as chaos:
-            bench = Bench(chaos, "examples/daytime.cfg", "examples/hello.cfg")
-            # Paths in a configuration start where the command runs; the API's, at its file.
-            kernels = {}
-            for name in ("daytime", "hello"):
-                text = Path(f"examples/{name}.cfg").read_text()
-                kernels[name] = Path(f"/run/{name}.cfg")
-                kernels[name].write_text(text.replace('"guests/', f'"{TREE}/guests/'))
-            bench.daytime, bench.hello = str(kernels["daytime"]), str(kernels["hello"])
+            bench = Bench(chaos, str(configs["daytime"]), str(configs["hello"]))
             for _ in range(args.count):
                 bench.sample(with_xl=with_xl)
                 sys.stderr.write(".")

@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
+from itertools import compress
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -215,7 +216,9 @@ def update(bus: Bus, pairs: Sequence[tuple[str, str]]) -> None:
     """Change nodes that are there; none that were removed come back."""
 
     def write(tx: Transaction) -> None:
-        tx.write_many([pair for pair in pairs if tx.get(pair[0]) is not None])
+        values = tx.read_many([path for path, _ in pairs])
+        present = [value is not None for value in values]
+        tx.write_many(list(compress(pairs, present)))
 
     bus.transact(write)
 

@@ -49,7 +49,6 @@ LOGGED = frozenset(
         "rename",
         "console",
         "console.attach",
-        "pool",
         "pool.add",
         "pool.resize",
         "pool.drain",
@@ -126,7 +125,7 @@ class Calls:
         command = None
         try:
             argv = [os.fsdecode(word) for word in _list(params, "argv", bytes)]
-            if LOGGED.intersection(argv[:1]):
+            if not LOGGED.isdisjoint((*argv[:1], ".".join(argv[:2]))):  # pool list is none
                 self._log(connection, "chaos", argv)
             if wants_client(argv):
                 connection.reply(ident, frames.EXEC, None)

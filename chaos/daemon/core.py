@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from chaos import vif, xenstored
 from chaos.create import profile_of
+from chaos.daemon.batches import Batches
 from chaos.daemon.consoles import ConsoleHub
 from chaos.daemon.events import Events
 from chaos.daemon.guests import Guest, Guests
@@ -25,7 +26,7 @@ from chaos.daemon.shell import DELIVERY_STEPS, PAUSED_STEPS, Delivery
 from chaos.daemon.wanted import Reader, Wanted, want
 from chaos.domains import check_free, reap
 from chaos.host import Host
-from chaos.registry import DAEMON_LOCK, Registry
+from chaos.registry import DAEMON_LOCK, RUNNING, Registry
 from chaos.steps import perform
 from xenctypes.errors import ChaosError, StateError
 
@@ -57,6 +58,8 @@ class Daemon:
         self.reader = Reader()
         self.stopping = False
         self.beside_xenstored = False
+        self._on_the_bus = Batches(self.spawn, self._tell_the_bus)
+        self._ready = Batches(self.spawn, self._write_ready)
         self._lock_fd = -1
         self._local = threading.local()
         self._hosts: list[Host] = []
@@ -276,25 +279,28 @@ class Daemon:
             by={"uid": delivery.peer.uid, "pid": delivery.peer.pid},
         )
         self.consoles_add(guest)
-        pairs = vif.late_nodes(guest.domid, guest.name, delivery.shell.macs, guest.config.vifs)
-        if pairs or self.beside_xenstored:
-            self.spawn(self._tell_the_bus(guest, pairs))
+        if delivery.config.vifs or self.beside_xenstored:
+            self._on_the_bus.add((guest, delivery.shell.macs))
 
-    async def _tell_the_bus(self, guest: Guest, pairs: list[tuple[str, str]]) -> None:
-        """What the guest is called and what its addresses are, for whoever looks at the bus."""
+    async def _tell_the_bus(self, batch: list[tuple[Guest, list[bytes]]]) -> None:
+        """What guests are called and what their addresses are, for whoever looks at the bus."""
+        try:
+            await self.in_thread(functools.partial(self._tell, batch))
+        except ChaosError as error:
+            names = ", ".join(guest.name for guest, _ in batch)
+            self.log(f"the bus was not told the names {names}: {error}")
 
-        def work(host: Host, _names: Registry) -> None:
-            if guest.uuid not in self.guests.by_uuid:
-                return
+    def _tell(self, batch: list[tuple[Guest, list[bytes]]], host: Host, _names: Registry) -> None:
+        living = [(guest, macs) for guest, macs in batch if guest.uuid in self.guests.by_uuid]
+        pairs = []
+        for guest, macs in living:
+            pairs += vif.late_nodes(guest.domid, guest.name, macs, guest.config.vifs)
+        if pairs:
             vif.update(host.bus, pairs)
+        for guest, _ in living if self.beside_xenstored else ():
             xenstored.announce(host, guest.domid, guest.name)
             if guest.uuid not in self.guests.by_uuid:  # its end may have come in between
                 xenstored.withdraw(host, guest.domid)
-
-        try:
-            await self.in_thread(work)
-        except ChaosError as error:
-            self.log(f"{guest.name}: the bus was not told its name: {error}")
 
     async def create_again(self, config: DomainConfig, uuid: bytes) -> Guest:
         """The successor of a guest that died. ChaosError."""
@@ -350,17 +356,20 @@ class Daemon:
 
     def write_ready(self, guest: Guest) -> None:
         """Keep in the record when the guest was ready."""
+        self._ready.add(guest)
 
+    async def _write_ready(self, batch: list[Guest]) -> None:
         def work(_host: Host, names: Registry) -> None:
             # Not the domain's own lock, which a destroy would take for somebody else's work: a
             # rename holds this one too, and of a domain that goes meanwhile nothing is left.
-            with contextlib.suppress(FileNotFoundError), names.locked():
-                record = names.read(guest.uuid)
-                if record is not None:
-                    record.ready_ms = guest.ready_ms
-                    names.entry(guest.uuid).write(record)
+            for guest in batch:
+                with contextlib.suppress(FileNotFoundError, StateError), names.locked():
+                    record = names.read(guest.uuid)
+                    if record is not None and record.state == RUNNING:
+                        record.ready_ms = guest.ready_ms
+                        names.entry(guest.uuid).write(record)
 
-        self.spawn(self.in_thread(work))
+        await self.in_thread(work)
 
     def renamed(self, uuid: str, name: str) -> None:
         """A guest has another name; for any thread."""

@@ -21,6 +21,7 @@ from xenctypes.errors import ChaosError
 
 DESCRIPTORS = 1 << 20
 DIRECTORY_MODE = 0o711
+SWITCH_INTERVAL = 0.0005
 CAPABILITIES = (
     privileges.CAP_CHOWN,  # of the socket
     privileges.CAP_FOWNER,
@@ -93,6 +94,8 @@ async def _serve(path: str, settings: settings_module.Settings) -> int:
         gc.collect()
         gc.freeze()
         privileges.notify("READY=1")
+        # A thread that computes gives way to the loop, which somebody waits for, soon.
+        sys.setswitchinterval(SWITCH_INTERVAL)
         daemon.log(f"serving {len(daemon.guests.by_uuid)} guests on {path}")
         await stop.wait()
         privileges.notify("STOPPING=1")

@@ -93,9 +93,7 @@ class Chaosd:
         """The processes that make its shells."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [
-            int(pid)
-            for pid in children
-            if b"maker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            int(pid) for pid in children if b"maker" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
 
 

@@ -19,7 +19,7 @@ from uuid import uuid4
 import pytest
 from chaosd import GUESTS, Chaosd, filled, running
 from daemons import PATIENCE, noxsd_pid, serves, start, wait_for, xendevd_pid
-from test_chaosd import DAYTIME, HELLO, ONE, create
+from test_chaosd import DAYTIME, HELLO, NONE, ONE, create
 from test_vif import Traces, ping, vif
 
 from chaos.client import Chaos
@@ -260,7 +260,7 @@ def start_xendevd() -> None:
 
 
 def test_a_restart_outlives_the_daemon(traces: Traces) -> None:
-    with running(ONE) as daemon:
+    with running(NONE) as daemon:
         with Chaos() as chaos:
             made = create(chaos, "again", HELLO, 'on_crash="restart"', wait_ready=30)
             crash(traces.host, chaos, until="ready")

@@ -1,0 +1,48 @@
+"""Work that can wait a moment, done for many at once."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+T = TypeVar("T")
+
+DELAY = 0.1
+MOST = 64
+
+
+class Batches(Generic[T]):
+    """Items are gathered for DELAY seconds, then ``work`` is awaited for at most MOST of them.
+
+    Of a burst of creates each would otherwise cost a thread its start and a server its answer,
+    while the next one waits. ``spawn`` runs a coroutine that ends with the daemon.
+    """
+
+    def __init__(
+        self,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        work: Callable[[list[T]], Awaitable[None]],
+    ) -> None:
+        self._spawn = spawn
+        self._work = work
+        self._waiting: list[T] = []
+        self._busy = False
+
+    def add(self, item: T) -> None:
+        """Have an item worked on soon."""
+        self._waiting.append(item)
+        if not self._busy:
+            self._busy = True
+            self._spawn(self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                await asyncio.sleep(DELAY)
+                batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+                await self._work(batch)
+        finally:
+            self._busy = False

@@ -1,0 +1,64 @@
+"""Work that is gathered."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from chaos.daemon import batches
+from chaos.daemon.batches import Batches
+
+
+def test_a_burst_is_worked_on_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MOST", 3)
+
+    async def run() -> list[list[int]]:
+        seen: list[list[int]] = []
+        tasks: list[asyncio.Task[None]] = []
+        done = asyncio.Event()
+
+        async def work(items: list[int]) -> None:
+            seen.append(items)
+            if 5 in items:
+                gathered.add(6)  # while it works
+            if 6 in items:
+                done.set()
+
+        gathered = Batches[int](
+            lambda coroutine: tasks.append(asyncio.create_task(coroutine)), work
+        )
+        for number in range(1, 6):
+            gathered.add(number)
+        await done.wait()
+        await tasks[0]
+        done.clear()
+        gathered.add(6)
+        await done.wait()
+        assert len(tasks) == 2
+        return seen
+
+    assert asyncio.run(run()) == [[1, 2, 3], [4, 5], [6], [6]]
+
+
+def test_after_a_failure_it_works_on() -> None:
+    async def run() -> list[int]:
+        seen: list[int] = []
+        tasks: list[asyncio.Task[None]] = []
+
+        async def work(items: list[int]) -> None:
+            if items == [1]:
+                raise OSError("lost")
+            seen.extend(items)
+
+        gathered = Batches[int](
+            lambda coroutine: tasks.append(asyncio.create_task(coroutine)), work
+        )
+        gathered.add(1)
+        with pytest.raises(OSError, match="lost"):
+            await tasks[0]
+        gathered.add(2)
+        await tasks[1]
+        return seen
+
+    assert asyncio.run(run()) == [2]
