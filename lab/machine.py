@@ -294,8 +294,8 @@ def _launch(machine: Machine, image: Image, wheels: Path, lock: IO[str], *, keep
         " net.ifnames=0 mitigations=off"
     )
     xen_line = (
-        f"console=com1 com1=115200,8n1 dom0_mem={dom0},max:{dom0} dom0_max_vcpus=1 ucode=no"
-        " no-bootscrub spec-ctrl=no xpti=no noreboot loglvl=warning guest_loglvl=warning"
+        f"console=com1 com1=115200,8n1 dom0_mem={dom0},max:{dom0} dom0_max_vcpus={options.cpus}"
+        " ucode=no no-bootscrub spec-ctrl=no xpti=no noreboot loglvl=warning guest_loglvl=warning"
     )
     serial = f"socket,id=serial,path={machine.serial_socket},server=on,wait=off"
     command = [

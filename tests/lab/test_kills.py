@@ -122,10 +122,13 @@ def plan(step: str, victim: int = 0) -> None:
     new.rename(PLAN)
 
 
-def dies(pid: int) -> None:
-    """Wait for a process's end."""
+@contextlib.contextmanager
+def killing(step: str, pid: int) -> Iterator[None]:
+    """Have a process killed at a step that the block makes happen, and wait for its end."""
     process = os.pidfd_open(pid)
     try:
+        plan(step, pid)
+        yield
         assert select.select([process], [], [], PATIENCE)[0], f"process {pid} was not killed"
     finally:
         os.close(process)
@@ -206,9 +209,8 @@ def test_makers_killed(traces: Traces) -> None:
             for step in MAKING:
                 filled(chaos)
                 (maker,) = daemon.makers()
-                plan(step)
-                chaos.call("pool.drain", name="daytime")
-                dies(maker)
+                with killing(step, maker):
+                    chaos.call("pool.drain", name="daytime")
             filled(chaos)
             create(chaos, "net", DAYTIME, vif(61), wait_ready=30)
             assert " 3 received, 0% packet loss" in ping("10.77.0.61", 3)
@@ -222,10 +224,8 @@ def test_a_daemon_of_the_host_killed(victim: str, traces: Traces) -> None:
     ]
 
     def killed_at(step: str, chaos: Chaos, method: str, **params: Any) -> Any:
-        pid = pid_of()
-        plan(step, pid)
-        request = chaos.submit(method, **params)
-        dies(pid)
+        with killing(step, pid_of()):
+            request = chaos.submit(method, **params)
         restart()
         return request.result()
 
