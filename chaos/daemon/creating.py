@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from argparse import Namespace
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from chaos.cli import describe_error
-from chaos.progress import progress
+from chaos.daemon.bar import bar
 from chaos.verbs.create import members, report, sources
 from xenctypes.errors import ChaosError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from chaos.daemon.core import Daemon
     from chaos.daemon.shell import Delivery
@@ -69,7 +68,7 @@ class Batch:
     async def create(self, wanted: Sequence[Wanted]) -> None:
         """Create them, as many at a time as there are makers. The first failure is raised."""
         left = iter(wanted)
-        async with _shown(self.call, len(wanted)) as advance:
+        async with bar(self.call, "creating", len(wanted)) as advance:
             workers = min(len(wanted), self.daemon.settings.builders)
             tasks = [
                 self.daemon.loop.create_task(self._work(left, advance)) for _ in range(workers)
@@ -116,39 +115,6 @@ class Batch:
         for delivery in reversed(self.made):
             with contextlib.suppress(ChaosError):
                 await self.daemon.guests.end(delivery.shell.uuid)
-
-
-@contextlib.asynccontextmanager
-async def _shown(call: Invocation, total: int) -> AsyncIterator[Callable[[], None]]:
-    """A progress bar on the client's terminal, which a thread draws: terminals may stand still."""
-    if total == 1 or call.args.quiet or not call.stderr.isatty():
-        yield lambda: None
-        return
-    done = 0
-    changed, finished = threading.Event(), threading.Event()
-
-    def draw() -> None:
-        drawn = 0
-        with progress(call.stderr, "creating", total, environ=call.environ) as advance:
-            while not finished.is_set() or drawn < done:
-                changed.wait()
-                changed.clear()
-                while drawn < done:
-                    advance()
-                    drawn += 1
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        changed.set()
-
-    drawing = asyncio.get_running_loop().create_task(asyncio.to_thread(draw))
-    try:
-        yield advance
-    finally:
-        finished.set()
-        changed.set()
-        await drawing
 
 
 async def _console(call: Invocation, delivery: Delivery) -> int:

@@ -108,6 +108,11 @@ class Flavour:
         """Whether it is below its low-water mark."""
         return len(self.shells) + self.making < (self.low or max(1, self.size // 4))
 
+    @property
+    def ready(self) -> int:
+        """How many of the wanted shells there are."""
+        return min(len(self.shells), self.size)
+
     def describe(self) -> dict[str, Any]:
         """For ``chaos pool list``."""
         source = self.source

@@ -82,6 +82,7 @@ class Pool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._counter = 0
+        self._changes: list[asyncio.Future[None]] = []
 
     # Life
 
@@ -170,6 +171,7 @@ class Pool:
         """Another size; shells beyond it are given back."""
         flavour = self.flavour(name)
         flavour.size = size
+        self._changed()
         flavour.low = flavour.low if low is None else low
         self.emit("pool resized", flavour=name, size=size)
         while flavour.missing < 0 and flavour.shells:
@@ -188,6 +190,7 @@ class Pool:
         """Forget a flavour and give its shells back."""
         flavour = self.flavour(name)
         flavour.size = 0
+        self._changed()
         del self.flavours[name]
         if flavour.source is not None:
             flavour.source.close()
@@ -231,6 +234,7 @@ class Pool:
         shell.flavour = flavour
         flavour.shells.add(shell)
         self.shelves.setdefault((shell.shape, shell.image), deque()).append(shell)
+        self._changed()
 
     def _take_off(self, shell: Shell) -> None:
         """Take a shell off its shelf, for its end."""
@@ -256,6 +260,18 @@ class Pool:
             self._take_off(shell)
         await asyncio.gather(*map(self.discard, shells))
         return len(shells)
+
+    async def change(self) -> None:
+        """Wait until a flavour has more shells, or a problem."""
+        waiter = self._loop.create_future()
+        self._changes.append(waiter)
+        await waiter
+
+    def _changed(self) -> None:
+        changes, self._changes = self._changes, []
+        for waiter in changes:
+            if not waiter.done():
+                waiter.set_result(None)
 
     # Making
 
@@ -472,6 +488,7 @@ class Pool:
             if problem != flavour.problem:
                 self.emit("problem", what=problem, flavour=flavour.name)
             flavour.problem = problem
+            self._changed()
             self._loop.call_later(delay, self._wake.set)
         else:
             flavour.failures, flavour.problem = 0, ""

@@ -8,6 +8,7 @@ from xenctypes.errors import StateError, UsageError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
+    from collections.abc import Sequence
 
     from chaos.invocation import Invocation
 
@@ -28,6 +29,9 @@ def configure(parser: ArgumentParser, name: str) -> None:
     )
     parser.add_argument("--size", type=int, metavar="N", help="add, resize: shells to hold ready")
     parser.add_argument("--low", type=int, metavar="N", help="add, resize: the low-water mark")
+    parser.add_argument(
+        "--wait", action="store_true", help="list, add, resize, drain: until the shells are ready"
+    )
     parser.add_argument("--json", action="store_true", help="print flavours as JSON")
 
 
@@ -36,25 +40,44 @@ async def serve(call: Invocation) -> int:
     args, pool = call.args, call.daemon.pool
     _check(call)
     shown = []
+    drained: dict[str, Any] = {}
+    names = [args.flavour] if args.flavour else list(pool.flavours)
     if args.action == "add":
-        shown = [pool.add(_spec(call)).describe()]
+        pool.add(_spec(call))
     elif args.action == "resize":
-        shown = [pool.resize(args.flavour, args.size, args.low).describe()]
+        pool.resize(args.flavour, args.size, args.low)
     elif args.action == "drain":
-        count = await pool.drain(args.flavour)
-        shown = [pool.flavour(args.flavour).describe() | {"drained": count}]
+        drained["drained"] = await pool.drain(args.flavour)
     elif args.action == "remove":
-        flavour = pool.flavour(args.flavour)
+        shown = [pool.flavour(args.flavour).describe()]
         await pool.remove(args.flavour)
-        shown = [flavour.describe()]
-    else:
-        wanted = [args.flavour] if args.flavour else list(pool.flavours)
-        shown = [pool.flavour(name).describe() for name in wanted]
+    if args.wait and args.action != "remove":
+        await _wait(call, names)
+    shown = shown or [pool.flavour(name).describe() | drained for name in names]
     if args.json:
         call.print_json(shown)
     elif args.action == "list":
         call.print(HEADER, *map(_row, shown))
     return 0
+
+
+async def _wait(call: Invocation, names: Sequence[str]) -> None:
+    """Wait until flavours have their shells; StateError if one cannot have them."""
+    from chaos.daemon.bar import bar
+
+    pool = call.daemon.pool
+    flavours = [pool.flavour(name) for name in names]
+    done = sum(flavour.ready for flavour in flavours)
+    async with bar(call, "filling", sum(flavour.size for flavour in flavours) - done) as advance:
+        while not all(flavour.ready == flavour.size for flavour in flavours):
+            for flavour in flavours:
+                if flavour.problem:
+                    raise StateError(f'flavour "{flavour.name}": {flavour.problem}')
+            await pool.change()
+            ready = sum(flavour.ready for flavour in flavours)
+            for _ in range(ready - done):
+                advance()
+            done = max(done, ready)
 
 
 def _check(call: Invocation) -> None:

@@ -484,6 +484,8 @@ def test_commands_through_the_daemon(nothing_left: None) -> None:
         assert run.returncode == 1  # fw-11 exists: all or nothing
         run = command("create", "examples/hello.cfg", "--count=3", "--name=fw-2{n}", "--keep-going")
         assert run.returncode == 0
+        run = command("pool", "resize", "hello", "--size", "5", "--wait", "--json")
+        assert [(f["ready"], f["size"]) for f in json.loads(run.stdout)] == [(5, 5)]
         # Ctrl-C while it waits: the client ends with the verb's status.
         waiting = subprocess.Popen(["chaos", "wait", "--dead", "fw-1"], cwd="/src")
         until(lambda: fds_of(waiting.pid), "the client does not connect")
