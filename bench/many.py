@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from figures import clock, local, ratio, summary
-from pool import TREE, connect, start_daemons, wait
+from pool import TREE, connect, start_chaosd, start_daemons, wait
 
 SETTINGS = """
 [pool]
@@ -59,7 +58,7 @@ def main() -> int:
     settings = Path("/run/bench-many.toml")
     settings.write_text(SETTINGS)
     config = local(TREE, "hello")["hello"]
-    daemon = subprocess.Popen(["chaosd", "--config", str(settings)])
+    daemon = start_chaosd(settings)
     result: dict[str, object] = {"guests": args.guests}
     try:
         with connect() as chaos:

@@ -82,6 +82,12 @@ def start_daemons() -> None:
         wait(hotplug.running, "xendevd does not start")
 
 
+def start_chaosd(settings: Path) -> subprocess.Popen[bytes]:
+    """The daemon; its log is /run/chaosd.log."""
+    with Path("/run/chaosd.log").open("ab") as log:
+        return subprocess.Popen(["chaosd", "--config", str(settings)], stderr=log)
+
+
 def connect() -> Chaos:
     """A client, once the daemon answers."""
     deadline = time.monotonic() + PATIENCE
@@ -174,7 +180,7 @@ def main() -> int:
     configs = local(TREE, "daytime", "hello")
     settings = Path("/run/bench-pool.toml")
     settings.write_text(SETTINGS)
-    daemon = subprocess.Popen(["chaosd", "--config", str(settings)])
+    daemon = start_chaosd(settings)
     try:
         with connect() as chaos:
             bench = Bench(chaos, str(configs["daytime"]), str(configs["hello"]))

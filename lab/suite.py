@@ -129,6 +129,7 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
                 continue
             # -P: the project comes from its installed wheel, not from the tree.
             inside = ["python3", "-P", "-m", "pytest", "-p", "no:cacheprovider", *color, *picked]
+            inside += ["--durations=15", "--durations-min=5"]
             run = [sys.executable, "-m", "lab", "run", "--debian", number, *HOSTS[host]]
             limit = ["--timeout", str(LAB_SECONDS), "--"]
             name = f"lab Debian {number} {host}"
