@@ -1,0 +1,481 @@
+"""storesd with real guests, and its stores against the real xenstored."""
+
+from __future__ import annotations
+
+import lzma
+import mmap
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from daemons import PATIENCE, end, ensure_bus, ensure_xendevd, start, wait_for
+
+from chaos import config as configuration
+from chaos.builder import Builder
+from chaos.create import UNPAUSED_STEPS, Creation
+from chaos.host import Host
+from chaos.registry import Registry
+from noxs import hotplug, wire
+from noxs.bus import Bus
+from noxs.guestring import GuestRing
+from noxs.gueststores import SOCKET, GuestStores
+from noxs.guestview import Guest
+from noxs.ring import Ring
+from noxs.storesd import GNTTAB_RESERVED_XENSTORE
+from xenctypes.errors import BusError
+from xenctypes.gnttab import Gnttab
+
+# The guest's end of a ring is played as in the unit tests.
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from xenbus_peer import Peer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HELLO = "examples/hello.cfg"
+BRIDGE = "storesbr0"
+HOST_ADDRESS, GUEST_ADDRESS = "10.99.7.1", "10.99.7.2"
+MAC = "00:16:3e:99:07:02"
+STORE_STEPS = {"bind channel", "write page", "announce"}
+"""Steps of a create that are not for a guest with a store of its own."""
+
+
+class StoreBuilder(Builder):
+    """Builds stock guests with a store channel."""
+
+    port = 0
+
+    def load(self, domid: int, **arguments: Any) -> Any:
+        return super().load(domid, **{**arguments, "store_port": self.port})
+
+
+@contextmanager
+def built(config: Any) -> Iterator[Creation]:
+    """A paused domain with an image and a store channel that nobody has bound."""
+    with Host() as host, StoreBuilder() as builder:
+        creation = Creation(config, host, builder, Registry())
+        steps = [step for step in UNPAUSED_STEPS if step.name not in STORE_STEPS]
+        loading = next(index for index, step in enumerate(steps) if step.name == "load image")
+        try:
+            creation.run(steps[:loading])
+            builder.port = creation.store_port
+            creation.run(steps[loading:])
+            yield creation
+        finally:
+            creation.undo()
+            creation.close()
+
+
+def uuid_of(creation: Creation) -> str:
+    return str(creation.uuid)
+
+
+# With storesd
+
+
+def storesd_pid() -> int:
+    found = subprocess.run(
+        ["fuser", f"{SOCKET}.lock"], capture_output=True, text=True, check=True, timeout=PATIENCE
+    )
+    (pid,) = found.stdout.split()
+    return int(pid)
+
+
+def serves() -> bool:
+    try:
+        GuestStores.connect(patience=0.1).close()
+    except BusError:
+        return False
+    return True
+
+
+@pytest.fixture
+def stores() -> Iterator[GuestStores]:
+    ensure_bus()
+    ensure_xendevd()
+    if not serves():
+        start("storesd")
+        wait_for(serves, "storesd does not start")
+    with GuestStores.connect() as client:
+        yield client
+
+
+INIT = f"""#!/bin/busybox sh
+export PATH=/bin
+for tool in mount insmod ip ping dd sleep echo; do busybox ln -s busybox /bin/$tool; done
+mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev
+for module in /*.ko; do insmod $module; done
+until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+ip addr add {GUEST_ADDRESS}/24 dev eth0
+ip link set eth0 up
+until [ -b /dev/xvda ]; do sleep 0.1; done
+dd if=/dev/xvda of=/dev/xvda bs=512 count=1 seek=1 conv=fsync
+echo disk-done
+while :; do sleep 10; done
+"""
+
+
+def ramdisk(directory: Path) -> Path:
+    """busybox, the front ends' modules, and INIT."""
+    root = directory / "root"
+    for name in ("bin", "sbin", "proc", "sys", "dev"):
+        (root / name).mkdir(parents=True)
+    (root / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
+    (root / "bin/busybox").chmod(0o755)
+    (root / "sbin/poweroff").write_text("#!/bin/busybox sh\n/bin/busybox poweroff -f\n")
+    (root / "init").write_text(INIT)
+    for name in ("init", "sbin/poweroff"):
+        (root / name).chmod(0o755)
+    modules = Path("/lib/modules") / os.uname().release / "kernel/drivers"
+    for name in ("net/xen-netfront.ko", "block/xen-blkfront.ko"):
+        path = modules / name
+        packed = path.with_suffix(".ko.xz")
+        data = path.read_bytes() if path.exists() else lzma.decompress(packed.read_bytes())
+        (root / path.name).write_bytes(data)
+    listing = "\n".join(str(path.relative_to(root)) for path in root.rglob("*")) + "\n"
+    made = directory / "initramfs"
+    with made.open("wb") as out:
+        subprocess.run(
+            ["/bin/busybox", "cpio", "-o", "-H", "newc"],
+            input=listing.encode(),
+            stdout=out,
+            cwd=root,
+            check=True,
+        )
+    return made
+
+
+def vif_nodes(domid: int) -> list[tuple[str, str | int]]:
+    front, back = f"/local/domain/{domid}/device/vif/0", f"/local/domain/0/backend/vif/{domid}/0"
+    fronts = {"backend": back, "backend-id": 0, "handle": 0, "mac": MAC, "state": 1}
+    backs = {
+        "frontend": front, "frontend-id": domid, "online": 1, "handle": 0, "mac": MAC,
+        "bridge": BRIDGE, "type": "vif", "script": hotplug.script_for(""),
+        hotplug.STATUS: hotplug.PENDING, "state": 1,
+    }  # fmt: skip
+    return [(f"{front}/{k}", v) for k, v in fronts.items()] + [
+        (f"{back}/{k}", v) for k, v in backs.items()
+    ]
+
+
+def vbd_nodes(domid: int, device: str) -> list[tuple[str, str | int]]:
+    number = os.stat(device).st_rdev
+    front = f"/local/domain/{domid}/device/vbd/51712"
+    back = f"/local/domain/0/backend/vbd/{domid}/51712"
+    fronts = {"backend": back, "backend-id": 0, "virtual-device": 51712, "state": 1}
+    backs = {
+        "frontend": front, "frontend-id": domid, "online": 1, "dev": "xvda", "mode": "w",
+        "device-type": "disk", "type": "phy", "params": device,
+        "physical-device": f"{os.major(number):x}:{os.minor(number):x}", "state": 1,
+    }  # fmt: skip
+    return [(f"{front}/{k}", v) for k, v in fronts.items()] + [
+        (f"{back}/{k}", v) for k, v in backs.items()
+    ]
+
+
+@contextmanager
+def bridge() -> Iterator[None]:
+    for command in (
+        f"link add {BRIDGE} type bridge",
+        f"addr add {HOST_ADDRESS}/24 dev {BRIDGE}",
+        f"link set {BRIDGE} up",
+    ):
+        subprocess.run(["ip", *command.split()], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["ip", "link", "del", BRIDGE], check=True)
+
+
+@contextmanager
+def loop_device(path: Path) -> Iterator[str]:
+    made = subprocess.run(
+        ["losetup", "--show", "-f", str(path)], capture_output=True, text=True, check=True
+    )
+    device = made.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
+@pytest.mark.every_release
+def test_linux_gets_its_devices_and_is_shut_down(stores: GuestStores, tmp_path: Path) -> None:
+    """The classic handshake of netfront and blkfront; storesd is killed in between."""
+    subprocess.run(["modprobe", "-a", "xen-netback", "xen-blkback", "loop"], check=True)
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"from Dom0".ljust(512, b".") + bytes(1 << 20))
+    cfg = tmp_path / "stock.cfg"
+    cfg.write_text(
+        'name = "stock"\ntype = "pv"\nmemory = 256\n'
+        f'kernel = "/boot/vmlinuz-{os.uname().release}"\nramdisk = "{ramdisk(tmp_path)}"\n'
+        'extra = "console=hvc0"\non_poweroff = "preserve"\n'
+    )
+    config = configuration.load(str(cfg), [])[0]
+    log = tmp_path / "console"
+    with bridge(), loop_device(disk) as device, built(config) as creation, Bus.connect() as bus:
+        domid, host = creation.domid, creation.host
+        stores.open(domid, uuid_of(creation), "stock")
+        stores.write(f"/local/domain/{domid}/memory/target", 256 << 10)
+        bus.write_many(vif_nodes(domid) + vbd_nodes(domid, device))
+        stores.attach(domid, "vif", 0, {"handle": 0, "mac": MAC})
+        stores.attach(domid, "vbd", 51712, {"virtual-device": 51712, "device-type": "disk"})
+        stores.introduce(domid, 0, creation.store_port)
+        silent, keyboard = os.pipe()
+        try:
+            with log.open("wb") as out:
+                console = subprocess.Popen(["chaos", "console", "stock"], stdin=silent, stdout=out)
+            host.ctrl.domain_unpause(domid)
+            front = f"/local/domain/{domid}/device"
+            said = lambda: log.read_text(errors="replace")[-3000:]  # noqa: E731 - for messages
+            for kind, devid in (("vif", 0), ("vbd", 51712)):
+                wait_for(
+                    lambda kind=kind, devid=devid: bus.get(f"{front}/{kind}/{devid}/state") == "4",
+                    f"{kind} is not connected: {said()}",
+                )
+            end(storesd_pid(), signal.SIGKILL)
+            start("storesd")
+            wait_for(serves, "storesd does not start again")
+            assert stores.is_introduced(domid)
+            ping = ["ping", "-c", "1", "-W", "1", GUEST_ADDRESS]
+            wait_for(
+                lambda: subprocess.run(ping, check=False, capture_output=True).returncode == 0,
+                f"it does not answer: {said()}",
+            )
+            wait_for(lambda: "disk-done" in said(), "the disk is not written")
+            assert bus.read(f"/local/domain/0/backend/vif/{domid}/0/state") == "4"
+            assert not bus.exists(f"{front}/vif/0/script")
+            assert stores.read(f"/local/domain/0/backend/vbd/{domid}/51712/sectors") == "2049"
+            assert not stores.exists(f"/local/domain/0/backend/vbd/{domid}/51712/params")
+            stores.write(f"/local/domain/{domid}/control/shutdown", "poweroff")
+            wait_for(lambda: host.ctrl.domain_info(domid).shutdown, f"it does not end: {said()}")
+        finally:
+            os.close(silent)
+            os.close(keyboard)
+            console.terminate()
+            console.wait(PATIENCE)
+            for kind, devid in (("vif", 0), ("vbd", 51712)):
+                stores.detach(domid, kind, devid)
+                back = f"/local/domain/0/backend/{kind}/{domid}/{devid}"
+                bus.write_many([(f"{back}/online", 0), (f"{front}/{kind}/{devid}/state", 6)])
+                wait_for(lambda back=back: bus.get(f"{back}/state") in {"6", None}, "it stays")
+                bus.rm(back)
+            bus.rm(f"/local/domain/{domid}")
+            stores.release(domid)
+        assert disk.read_bytes()[512:521] == b"from Dom0"
+    with Host() as host:
+        assert host.ctrl.domain_info(domid) is None
+
+
+# Against xenstored
+
+
+class Theirs:
+    """xenstored's service of a domain's ring, which we play the guest on.
+
+    Nobody can send events in the guest's name: xenstored looks at all rings whenever it wakes
+    up, and a request on its socket wakes it.
+    """
+
+    def __init__(self, page: memoryview, path: str) -> None:
+        self.peer = Peer(page)
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(path)
+        self.sock.settimeout(PATIENCE)
+
+    def turn(self) -> None:
+        self.sock.sendall(wire.pack(wire.READ, 1, 0, b"/\0"))
+        got = b""
+        while len(got) < wire.HEADER_SIZE:
+            got += self.sock.recv(64)
+
+
+class Ours:
+    """The same by our store."""
+
+    def __init__(self, guest: Guest) -> None:
+        page = mmap.mmap(-1, 4096)
+        self.peer = Peer(page)
+        self.guest = guest
+        self.ring = GuestRing(Ring(memoryview(page)), self, guest.store, guest.conn)
+        guest.introduce(self.ring, 1)
+
+    def fileno(self) -> int:
+        return -1
+
+    def take(self) -> None:
+        pass
+
+    def notify(self) -> None:
+        pass
+
+    def turn(self) -> None:
+        while self.ring.turn(None):
+            pass
+
+
+def answers(side: Theirs | Ours, request: bytes) -> list[tuple[int, bytes]]:
+    """What comes for a request, in order; of DIRECTORY_PART without the generation."""
+    peer = side.peer
+    peer.got = b""
+    peer.to_send += request
+    deadline = time.monotonic() + PATIENCE
+    quiet = 0
+    while quiet < 2:
+        side.turn()
+        moved = peer.step()
+        done = not peer.to_send and (
+            not request or any(m[0] != wire.WATCH_EVENT for m in peer.messages())
+        )
+        quiet = quiet + 1 if done and not moved else 0
+        assert time.monotonic() < deadline, "no answer"
+    return [
+        (op, body.partition(b"\0")[2] if op == wire.DIRECTORY_PART else body)
+        for op, _, _, body in peer.messages()
+    ]
+
+
+OPERATIONS = (
+    [wire.READ, wire.WRITE, wire.WRITE, wire.MKDIR, wire.RM, wire.DIRECTORY] * 3
+    + [wire.GET_PERMS, wire.SET_PERMS, wire.WATCH, wire.WATCH, wire.UNWATCH]
+    + [wire.TRANSACTION_START, wire.TRANSACTION_END, wire.TRANSACTION_END]
+    + [wire.DIRECTORY_PART, wire.GET_DOMAIN_PATH, wire.RESET_WATCHES, wire.CONTROL, 99]
+    + [wire.IS_DOMAIN_INTRODUCED, wire.INTRODUCE, wire.RELEASE, wire.SET_TARGET, wire.RESUME]
+)
+ENDINGS = {
+    wire.WRITE: [b"", b"v", b"value\0more"],
+    wire.SET_PERMS: [
+        b"n%(d)d\0", b"n%(d)d\0r0\0", b"r0\0", b"b%(d)d\0w0\0", b"x\0", b"n%(d)d\0" * 6,
+    ],
+    wire.WATCH: [b"t\0", b"u\0", b""],
+    wire.UNWATCH: [b"t\0", b"u\0", b""],
+    wire.DIRECTORY_PART: [b"0\0", b"2\0", b"999\0", b""],
+}  # fmt: skip
+PAYLOADS = {
+    wire.TRANSACTION_START: [b"\0"],
+    wire.TRANSACTION_END: [b"T\0", b"T\0", b"T\0", b"F\0", b"X\0"],
+    wire.RESET_WATCHES: [b"\0"],
+    wire.CONTROL: [b"1\0"],
+    wire.INTRODUCE: [b"1\0001\0001\0"],
+    wire.SET_TARGET: [b"1\0002\0"],
+    wire.GET_DOMAIN_PATH: [b"7\0"],
+    wire.IS_DOMAIN_INTRODUCED: [b"7\0"],
+    wire.RELEASE: [b"7\0"],
+    wire.RESUME: [b"7\0"],
+}
+NAMES = [b"data", b"%(b)s/data", b"attr", b"control/shutdown", b"device/vif/0", b"device"]
+OTHERS = [
+    b"/local/domain/0", b"/local/domain/9999", b"/vm", b"%(b)s", b"", b"memory", b"name",
+    b"/local/domain/0/backend/vif/%(d)d/0", b"data/", b"data//x",
+]  # fmt: skip
+LOOSE = frozenset({wire.READ, wire.WRITE, wire.MKDIR, wire.DIRECTORY})
+"""Operations that are also tried on OTHERS."""
+
+
+def requests(seed: int, domid: int) -> list[tuple[str, int, int, bytes]]:
+    """Random requests of the guest and writes of the toolstack, which lead to conflicts.
+
+    Left out is what xenstored's releases answer differently among themselves, as for noxsd.
+    """
+    chance = random.Random(seed)
+    values = {b"d": domid, b"b": b"/local/domain/%d" % domid}
+    script = []
+    started = 0
+    for _ in range(60):
+        if chance.random() < 0.15:
+            name = chance.choice([b"a", b"a/b", b"c"])
+            script.append(("tool", wire.WRITE, 0, values[b"b"] + b"/data/" + name))
+            continue
+        op = chance.choice(OPERATIONS)
+        if op == wire.RM and started:
+            op = wire.READ
+        tx = chance.choice([0, started, started, 99]) if started else 0
+        if op in PAYLOADS:
+            payload = chance.choice(PAYLOADS[op])
+        else:
+            below = [chance.choice([b"a", b"b", b"c"]) for _ in range(chance.randrange(3))]
+            path = b"/".join([chance.choice(NAMES), *below])
+            if op in LOOSE and chance.random() < 0.2:
+                path = chance.choice(OTHERS)
+            payload = (path + b"\0" + chance.choice(ENDINGS.get(op, [b""]))) % values
+        if op == wire.TRANSACTION_START:
+            started += 1
+        if op in {wire.TRANSACTION_START, wire.WATCH, wire.UNWATCH, wire.RESET_WATCHES}:
+            tx = 0
+        script.append(("guest", op, tx, payload))
+    return script
+
+
+@contextmanager
+def both(creation: Creation, bus: Bus) -> Iterator[tuple[Theirs, Ours]]:
+    """A guest's view with one vif, in xenstored and in a store of ours."""
+    domid, uuid = creation.domid, uuid_of(creation)
+    guest = Guest(domid, uuid, serial=1, boot="", journal=None, log=print, now=0.0)
+    guest.open("twin")
+    guest.attach(b"vif", 0, {b"mac": b"m"})
+    tops = [top.decode() for top in guest.tops()]
+    loaded = creation.loaded
+    assert loaded is not None
+    with Gnttab() as gnttab, gnttab.map_grant_refs(domid, [GNTTAB_RESERVED_XENSTORE]) as page:
+        page.view[:] = bytes(4096)
+        try:
+            for path, node in guest.store.tree.nodes.items():
+                if guest.owns(path):
+                    perms = wire.format_perms(node.perms).decode().split("\0")[:-1]
+                    bus.write(path.decode(), node.value.decode())
+                    bus.set_perms(path.decode(), perms)
+            bus.introduce(domid, loaded.store_frame, creation.store_port)
+            yield Theirs(page.view, bus.path), Ours(guest)
+        finally:
+            bus.release(domid)
+            bus.rm_many(tops)
+
+
+def compare(theirs: Theirs, ours: Ours, bus: Bus, script: Any, told: str) -> None:
+    for number, (who, op, tx, payload) in enumerate(script):
+        request = b""
+        if who == "tool":
+            bus.write(payload.decode(), "tool")
+            ours.guest.write(payload, b"tool")
+        else:
+            request = wire.pack(op, number + 1, tx, payload)
+        real, mine = answers(theirs, request), answers(ours, request)
+        assert mine == real, f"{told}, request {number}: {(who, op, tx, payload)}"
+
+
+@pytest.mark.xenstored
+def test_a_guest_is_answered_as_by_xenstored(tmp_path: Path) -> None:
+    config = configuration.load(HELLO, [])[0]
+    begin = time.monotonic()
+    with built(config) as creation, Bus.connect() as bus:
+        seeds = 0
+        while seeds < 200 and time.monotonic() < begin + 40:
+            with both(creation, bus) as (theirs, ours):
+                script = requests(seeds, creation.domid)
+                compare(theirs, ours, bus, script, f"seed {seeds}")
+            seeds += 1
+    assert seeds >= 10
+    Path("/out/storesd-differential").write_text(f"{seeds}\n")
+
+
+@pytest.mark.xenstored
+def test_quotas_are_those_of_xenstored() -> None:
+    config = configuration.load(HELLO, [])[0]
+    with built(config) as creation, Bus.connect() as bus, both(creation, bus) as (theirs, ours):
+        guest = [(wire.WATCH, b"x\0%d\0" % number) for number in range(130)]
+        guest += [(wire.TRANSACTION_START, b"\0")] * 12 + [(wire.RESET_WATCHES, b"\0")]
+        for size in (1900, 1990, 2000, 2010, 2020, 2030, 2040, 2048, 2049, 4000):
+            guest.append((wire.WRITE, b"attr/%d\0" % size + b"v" * size))
+        guest += [(wire.WRITE, b"attr/" + b"n" * size + b"\0") for size in (1000, 2040, 2048, 3100)]
+        guest.append((wire.MKDIR, b"data/" + b"/".join([b"x"] * 960) + b"\0"))
+        guest += [(wire.MKDIR, b"data/%d\0" % number) for number in range(40)]
+        script = [("guest", op, 0, payload) for op, payload in guest]
+        compare(theirs, ours, bus, script, "quotas")
