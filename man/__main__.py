@@ -10,7 +10,7 @@ from pathlib import Path
 from man import commands, completion, mdoc
 
 HERE = Path(__file__).parent
-DAEMON_PAGES = ("noxsd", "xendevd", "chaosd")
+DAEMON_PAGES = ("noxsd", "storesd", "xendevd", "chaosd")
 
 
 def outputs() -> dict[str, str]:

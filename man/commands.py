@@ -100,6 +100,7 @@ def chaos() -> Command:
 
 DAEMONS = {
     "noxsd": "noxs.noxsd",
+    "storesd": "noxs.storesd",
     "xendevd": "xendevd.xendevd",
     "chaosd": "chaos.daemon.main",
 }

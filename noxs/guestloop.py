@@ -18,7 +18,7 @@ from noxs import snapshot
 from noxs.guestring import GuestConnection, GuestRing
 from noxs.guestview import Eye, Guest
 from noxs.journal import Journal
-from noxs.ring import Ring
+from noxs.ring import ERROR_COMM, Ring
 from noxs.service import Service
 from xenctypes.errors import ChaosError, StateError
 
@@ -26,7 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
     from collections.abc import Callable
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from noxs.bridge import Bridge
     from noxs.store import Connection
@@ -226,6 +226,9 @@ class GuestLoop(Service):
             self.complain_of(error)
             self._later(guest, now + RETRY)
             return
+        except Exception as error:  # noqa: BLE001 - a bug that one guest meets is its own
+            ring.cut_off(f"a bug: {error!r}")
+            more = False
         end = self.clock()
         guest.work.take(end - now + VISIT, end)
         guest.requests.take(ring.handled - handled, end)
@@ -358,25 +361,33 @@ class GuestLoop(Service):
                 continue
             try:
                 self._restore(int(domid), uuid)
-            except ChaosError as error:
-                self.log(f"domain {domid} has lost its store: {error}")
+            except Exception as error:  # noqa: BLE001 - the others shall have theirs
+                cause = error if isinstance(error, ChaosError) else repr(error)
+                self.log(f"domain {domid} has lost its store: {cause}")
                 remove_directory(directory)
 
     def _restore(self, domid: int, uuid: str) -> None:
         guest = self.make_guest(domid, uuid)
-        assert guest.journal is not None
         try:
-            state, records = guest.journal.recover()
-            data = snapshot.load(state) if state else None
-            if data is None or data["extra"]["boot"] != self.boot:
-                raise StateError("it is of an earlier boot, or was never written")
+            data, records = self._recover(guest)
             guest.restore(data, records, lambda guest: self.make_ring(guest, guest.port))
-        except ChaosError:
+        except Exception:
+            if guest.ring is not None:
+                guest.ring.ring.fail(ERROR_COMM)
             self.unmap(guest)
-            guest.journal.close()
+            if guest.journal is not None:
+                guest.journal.close()
             raise
         self.adopt(guest)
         self.ready[guest] = None
+
+    def _recover(self, guest: Guest) -> tuple[dict[str, Any], list[bytes]]:
+        assert guest.journal is not None
+        state, records = guest.journal.recover()
+        data = snapshot.load(state) if state else None
+        if data is None or data["extra"]["boot"] != self.boot:
+            raise StateError("its journal is of an earlier boot, or was never written")
+        return data, records
 
     def close(self) -> None:
         """Close everything; the journals stay, for the next start."""

@@ -15,7 +15,7 @@ from struct import Struct
 
 from noxs import wire
 from noxs.requests import handle
-from noxs.ring import ERROR_PROTO, ERROR_RINGIDX, SIZE, Ring, RingError
+from noxs.ring import ERROR_COMM, ERROR_PROTO, ERROR_RINGIDX, SIZE, Ring, RingError
 from noxs.snapshot import KERNEL
 from noxs.store import Connection
 from noxs.wire import HEADER, HEADER_SIZE, PAYLOAD_MAX
@@ -174,6 +174,10 @@ class GuestRing(XenBus):
         if moved:
             self.channel.notify()
         return moved
+
+    def cut_off(self, why: str) -> None:
+        """Stop serving the guest, for a reason that is not in its ring."""
+        self._fail(ERROR_COMM, why)
 
     @property
     def unsettled(self) -> bool:

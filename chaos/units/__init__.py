@@ -13,7 +13,7 @@ import subprocess
 import sys
 from importlib.resources import files
 
-UNITS = ("noxsd.service", "xendevd.service", "chaosd.service")
+UNITS = ("noxsd.service", "xendevd.service", "storesd.service", "chaosd.service")
 MOUNT = "proc-xen.mount"
 DISTRIBUTION = ("/usr/lib/systemd/system", "/lib/systemd/system")
 OTHERS = {"chaos.sysusers.conf": "sysusers.d", "chaos.modules.conf": "modules-load.d"}
@@ -25,7 +25,7 @@ Next, as root:
   systemd-sysusers
   systemctl daemon-reload
   systemctl restart systemd-modules-load
-  systemctl enable --now noxsd xendevd chaosd
+  systemctl enable --now noxsd xendevd storesd chaosd
 """
 
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command: write the files, say what to do next; its exit status."""
     parser = argparse.ArgumentParser(
         prog="chaos-units",
-        description="Write the systemd units of noxsd, xendevd and chaosd, the chaos group"
+        description="Write the systemd units of noxsd, xendevd, storesd and chaosd, the chaos group"
         " (sysusers.d) and the kernel modules that they need (modules-load.d).",
     )
     parser.add_argument("--etc", default="/etc", metavar="DIR", help="where to (%(default)s)")

@@ -18,7 +18,7 @@ from installer.destinations import SchemeDictionaryDestination
 from installer.sources import WheelFile
 
 NAME = "chaos_xen"
-DAEMONS = ("noxsd", "xendevd", "chaosd")
+DAEMONS = ("noxsd", "xendevd", "storesd", "chaosd")
 
 
 def installed(library: Path) -> dict[Path, str]:

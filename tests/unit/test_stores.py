@@ -283,6 +283,20 @@ def test_a_request_that_is_too_long_cuts_off_one_guest(host: Host, guest: Guest)
     assert other.read(b"domid") == b"6"
 
 
+def test_a_bug_that_a_guest_meets_costs_that_guest(
+    host: Host, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = host.guest(6)
+    ring = host.stores.guests[5].ring
+    monkeypatch.setattr(ring, "_take", lambda _data: 1 // 0)
+    guest.send(wire.READ, b"domid\0")
+    guest.peer.step()
+    host.turn()
+    assert guest.peer.index(6) == 1
+    assert "ZeroDivisionError" in host.said[-1]
+    assert other.read(b"domid") == b"6"
+
+
 def test_many_lines_of_log_are_not_a_guests_to_make(host: Host, guest: Guest) -> None:
     for _ in range(100):
         guest.peer.set_index(5, 1)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from killable import KillableJournal, KillableRing, Killed, Steps
 from stores_host import UUID, Control, Guest, Hardware, Host, NoBridge, listener
 
-from noxs import guestloop, wire
+from noxs import guestloop, guestview, wire
 from noxs.bus import Bus
 from noxs.stores import Stores
 
@@ -240,6 +240,25 @@ def test_a_journal_that_is_damaged_costs_one_guest(tmp_path: Path) -> None:
     host.restart()
     assert list(host.stores.guests) == [6]
     assert "domain 5 has lost its store" in host.said[-1]
+
+
+def test_a_journal_that_cannot_be_replayed_costs_one_guest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path)
+    for domid in (5, 6):
+        host.guest(domid)
+    restore = guestview.Guest.restore
+
+    def broken(guest: Any, *arguments: Any) -> None:
+        restore(guest, *arguments)
+        assert guest.domid == 6, "a bug"
+
+    monkeypatch.setattr(guestview.Guest, "restore", broken)
+    host.restart()
+    assert list(host.stores.guests) == [6]
+    assert "domain 5 has lost its store: AssertionError" in host.said[-1]
+    assert list(host.hardware.bound) == [1006]
 
 
 def test_a_page_that_was_tampered_with_is_cut_off(tmp_path: Path) -> None:

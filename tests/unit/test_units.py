@@ -21,7 +21,7 @@ def daemons(tmp_path: Path) -> Path:
     """A directory with something executable under each daemon's name."""
     bin_directory = tmp_path / "bin"
     bin_directory.mkdir()
-    for name in ("noxsd", "xendevd", "chaosd"):
+    for name in ("noxsd", "xendevd", "storesd", "chaosd"):
         (bin_directory / name).write_text("#!/bin/sh\n")
         (bin_directory / name).chmod(0o755)
     return bin_directory
@@ -75,18 +75,21 @@ def directives(name: str) -> dict[str, list[str]]:
 
 
 def test_the_order_of_their_start() -> None:
-    noxsd, xendevd, chaosd = (directives(name) for name in units.UNITS)
-    assert {"xendevd.service", "chaosd.service"} <= set(noxsd["Before"])
+    noxsd, xendevd, storesd, chaosd = (directives(name) for name in units.UNITS)
+    assert {"xendevd.service", "storesd.service", "chaosd.service"} <= set(noxsd["Before"])
     assert "noxsd.service" in xendevd["After"]
     assert "chaosd.service" in xendevd["Before"]
-    assert {"noxsd.service", "xendevd.service"} <= set(chaosd["After"])
-    for unit in (noxsd, xendevd, chaosd):
+    assert "noxsd.service" in storesd["After"]
+    assert "chaosd.service" in storesd["Before"]
+    assert {"noxsd.service", "xendevd.service", "storesd.service"} <= set(chaosd["After"])
+    for unit in (noxsd, xendevd, storesd, chaosd):
         assert "xenstored.service" in unit["After"]
         # A stop or a failure of one is passed on to none of the others.
         assert not unit.keys() & {"Requires", "BindsTo", "PartOf", "Conflicts", "Requisite"}
         assert unit["Type"] == ["notify"]
         assert unit["Restart"] == ["on-failure"]
-    assert noxsd["RuntimeDirectoryPreserve"] == chaosd["RuntimeDirectoryPreserve"] == ["yes"]
+    assert noxsd["RuntimeDirectoryPreserve"] == ["yes"]
+    assert storesd["RuntimeDirectoryPreserve"] == chaosd["RuntimeDirectoryPreserve"] == ["yes"]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
