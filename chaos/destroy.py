@@ -38,14 +38,15 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
     if domain.record.state == registry.SHELL and names.daemon_runs():
         raise pooled(domain.domid)
     with names.entry(domain.uuid) as entry:
-        if not entry.lock(wait=False):
-            raise StateError(
-                f'domain "{domain.name}" is being created or destroyed by another command',
-                hint="wait for it",
-            )
-        record = names.read(domain.uuid) or registry.Record(domain.uuid, domain.name)
-        record.state = registry.ENDING  # whoever finds it so, nobody at work on it, goes on
-        entry.write(record)
+        with names.locked():  # the daemon may be writing the record too
+            if not entry.lock(wait=False):
+                raise StateError(
+                    f'domain "{domain.name}" is being created or destroyed by another command',
+                    hint="wait for it",
+                )
+            record = names.read(domain.uuid) or registry.Record(domain.uuid, domain.name)
+            record.state = registry.ENDING  # whoever finds it so, nobody at work on it, goes on
+            entry.write(record)
         end(host, domain.info, record)
         names.forget(entry, record)
 

@@ -3,7 +3,7 @@
 ::
 
     /run/chaos/                     0700
-        lock                        flock: held for a rename or a reap, never for a create
+        lock                        flock: held to rewrite a record or to reap, never for a create
         chaosd.lock                 flock: held by the daemon for as long as it runs
         names/=<name>  -> <uuid>    symlink: made atomically, so one of two racing creates wins
         macs/<mac>     -> <uuid>    the same for MAC addresses
@@ -26,6 +26,7 @@ import fcntl
 import json
 import os
 from dataclasses import dataclass, field, fields
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from noxs import lockfile
@@ -458,7 +459,7 @@ def _read_link(path: str) -> str | None:
 
 
 def _write_atomically(path: str, text: str) -> None:
-    temporary = f"{path}.new"
+    temporary = f"{path}.new-{os.getpid()}-{get_ident()}"  # of this writer alone
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
     os.rename(temporary, path)

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,18 @@ def test_links_of_what_is_gone_are_swept(names: Registry) -> None:
     assert names.uuid_of("gone") is None
     assert names.uuid_of("here") == A
     assert os.listdir(f"{names.path}/macs") == []
+
+
+def test_writers_do_not_take_each_others_files(names: Registry) -> None:
+    record = Record(A, "one")
+    with names.reserve(record):
+        pass
+
+    def write(count: int) -> None:
+        for number in range(count):
+            names.entry(A).write(replace(record, domid=number))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, [100] * 4))
+    assert names.read(A) == replace(record, domid=99)
+    assert os.listdir(f"{names.path}/domains/{A}") == ["domain.json"]
