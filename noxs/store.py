@@ -23,8 +23,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from noxs.tree import Node
+    from noxs.wire import Perms
+
 FIRST_TX = 1
 """The number of a connection's first transaction."""
+MANY = 8
+"""Watches for one change, above which those of full connections are sorted out first."""
 
 
 class Watch:
@@ -144,6 +149,8 @@ class Store:
                 above = above[: above.rfind(b"/")] or b"/"
                 if above in watches:
                     found = found + watches[above]
+        if len(found) > MANY:
+            found = [watch for watch in found if not watch.conn.full()]
         if len(found) > 1:
             # Two watches with one token get one event, as from send_event() in core.c.
             alike = {(watch.conn, watch.token, watch.skip): watch for watch in reversed(found)}
@@ -176,12 +183,13 @@ class Sight:
     The changes tell what a watcher was allowed to see before.
     """
 
-    __slots__ = ("_before", "_gone", "_last", "_tree")
+    __slots__ = ("_before", "_changes", "_gone", "_last", "_tree")
 
     def __init__(self, tree: Tree, changes: Sequence[Change] = ()) -> None:
         self._tree = tree
-        self._gone = {path: node for path, _, node, _ in changes}
-        self._before = {path: perms for path, _, _, perms in changes if perms}
+        self._changes: Sequence[Change] | None = changes
+        self._gone: dict[bytes, Node | None] = {}
+        self._before: dict[bytes, Perms] = {}
         self._last: tuple[Connection | None, bytes, bool] = (None, b"", False)
 
     def permits(self, who: Connection, path: bytes) -> bool:
@@ -191,6 +199,10 @@ class Sight:
         return self._last[2]
 
     def _permits(self, who: Connection, path: bytes) -> bool:
+        if self._changes is not None:  # the privileged, for whom there is no question, are spared
+            self._gone = {name: node for name, _, node, _ in self._changes}
+            self._before = {name: perms for name, _, _, perms in self._changes if perms}
+            self._changes = None
         before = self._before.get(path)
         if before and who.rights(before) & PERM_READ:
             return True
