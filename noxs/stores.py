@@ -84,6 +84,9 @@ class Stores(GuestLoop):
             except OSError as error:
                 self.complain_of(error)
                 op, reply = wire.ERROR, b"ENOSPC\0"
+            except Exception as error:  # noqa: BLE001 - guests must not pay for it
+                self.log(f"control request {op}, a bug: {error!r}")
+                op, reply = wire.ERROR, b"EIO\0"
             if reply is not None:
                 client.out.append(wire.pack(op, req_id, tx_id, reply))
         if client.fd in self.clients:

@@ -29,9 +29,10 @@ from noxs.guestring import GuestRing
 from noxs.gueststores import SOCKET, GuestStores
 from noxs.guestview import Guest
 from noxs.ring import Ring
-from noxs.storesd import GNTTAB_RESERVED_XENSTORE
+from noxs.storesd import GNTTAB_RESERVED_XENSTORE, STATE
 from xenctypes.errors import BusError
 from xenctypes.gnttab import Gnttab
+from xenctypes.public import HVM_PARAM_STORE_PFN
 
 # The guest's end of a ring is played as in the unit tests.
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
@@ -68,6 +69,10 @@ def built(config: Any) -> Iterator[Creation]:
             creation.run(steps[:loading])
             builder.port = creation.store_port
             creation.run(steps[loading:])
+            if config.type == "pvh":
+                assert creation.loaded is not None
+                frame = creation.loaded.store_frame
+                host.ctrl.hvm_param_set(creation.domid, HVM_PARAM_STORE_PFN, frame)
             yield creation
         finally:
             creation.undo()
@@ -208,24 +213,28 @@ def loop_device(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.every_release
-def test_linux_gets_its_devices_and_is_shut_down(stores: GuestStores, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pv", "pvh"])
+def test_linux_gets_its_devices_and_is_shut_down(
+    kind: str, stores: GuestStores, tmp_path: Path
+) -> None:
     """The classic handshake of netfront and blkfront; storesd is killed in between."""
     subprocess.run(["modprobe", "-a", "xen-netback", "xen-blkback", "loop"], check=True)
     disk = tmp_path / "disk"
     disk.write_bytes(b"from Dom0".ljust(512, b".") + bytes(1 << 20))
     cfg = tmp_path / "stock.cfg"
     cfg.write_text(
-        'name = "stock"\ntype = "pv"\nmemory = 256\n'
+        f'name = "stock"\ntype = "{kind}"\nmemory = 256\n'
         f'kernel = "/boot/vmlinuz-{os.uname().release}"\nramdisk = "{ramdisk(tmp_path)}"\n'
         'extra = "console=hvc0"\non_poweroff = "preserve"\n'
     )
     config = configuration.load(str(cfg), [])[0]
     log = tmp_path / "console"
-    with bridge(), loop_device(disk) as device, built(config) as creation, Bus.connect() as bus:
+    with bridge(), loop_device(disk) as loop, built(config) as creation, Bus.connect() as bus:
         domid, host = creation.domid, creation.host
+        front, devices = f"/local/domain/{domid}/device", ("vif/0", "vbd/51712")
         stores.open(domid, uuid_of(creation), "stock")
         stores.write(f"/local/domain/{domid}/memory/target", 256 << 10)
-        bus.write_many(vif_nodes(domid) + vbd_nodes(domid, device))
+        bus.write_many(vif_nodes(domid) + vbd_nodes(domid, loop))
         stores.attach(domid, "vif", 0, {"handle": 0, "mac": MAC})
         stores.attach(domid, "vbd", 51712, {"virtual-device": 51712, "device-type": "disk"})
         stores.introduce(domid, 0, creation.store_port)
@@ -234,12 +243,10 @@ def test_linux_gets_its_devices_and_is_shut_down(stores: GuestStores, tmp_path: 
             with log.open("wb") as out:
                 console = subprocess.Popen(["chaos", "console", "stock"], stdin=silent, stdout=out)
             host.ctrl.domain_unpause(domid)
-            front = f"/local/domain/{domid}/device"
-            said = lambda: log.read_text(errors="replace")[-3000:]  # noqa: E731 - for messages
-            for kind, devid in (("vif", 0), ("vbd", 51712)):
+            for device in devices:
                 wait_for(
-                    lambda kind=kind, devid=devid: bus.get(f"{front}/{kind}/{devid}/state") == "4",
-                    f"{kind} is not connected: {said()}",
+                    lambda device=device: bus.get(f"{front}/{device}/state") == "4",
+                    f"{device} is not connected",
                 )
             end(storesd_pid(), signal.SIGKILL)
             start("storesd")
@@ -248,24 +255,26 @@ def test_linux_gets_its_devices_and_is_shut_down(stores: GuestStores, tmp_path: 
             ping = ["ping", "-c", "1", "-W", "1", GUEST_ADDRESS]
             wait_for(
                 lambda: subprocess.run(ping, check=False, capture_output=True).returncode == 0,
-                f"it does not answer: {said()}",
+                "it does not answer",
             )
-            wait_for(lambda: "disk-done" in said(), "the disk is not written")
+            wait_for(lambda: b"disk-done" in log.read_bytes(), "the disk is not written")
             assert bus.read(f"/local/domain/0/backend/vif/{domid}/0/state") == "4"
             assert not bus.exists(f"{front}/vif/0/script")
             assert stores.read(f"/local/domain/0/backend/vbd/{domid}/51712/sectors") == "2049"
             assert not stores.exists(f"/local/domain/0/backend/vbd/{domid}/51712/params")
             stores.write(f"/local/domain/{domid}/control/shutdown", "poweroff")
-            wait_for(lambda: host.ctrl.domain_info(domid).shutdown, f"it does not end: {said()}")
+            wait_for(lambda: host.ctrl.domain_info(domid).shutdown, "it does not end")
         finally:
             os.close(silent)
             os.close(keyboard)
             console.terminate()
             console.wait(PATIENCE)
-            for kind, devid in (("vif", 0), ("vbd", 51712)):
-                stores.detach(domid, kind, devid)
-                back = f"/local/domain/0/backend/{kind}/{domid}/{devid}"
-                bus.write_many([(f"{back}/online", 0), (f"{front}/{kind}/{devid}/state", 6)])
+            sys.stdout.write(log.read_text(errors="replace"))
+            for device in devices:
+                name, _, devid = device.partition("/")
+                stores.detach(domid, name, int(devid))
+                back = f"/local/domain/0/backend/{name}/{domid}/{devid}"
+                bus.write_many([(f"{back}/online", 0), (f"{front}/{device}/state", 6)])
                 wait_for(lambda back=back: bus.get(f"{back}/state") in {"6", None}, "it stays")
                 bus.rm(back)
             bus.rm(f"/local/domain/{domid}")
@@ -273,6 +282,40 @@ def test_linux_gets_its_devices_and_is_shut_down(stores: GuestStores, tmp_path: 
         assert disk.read_bytes()[512:521] == b"from Dom0"
     with Host() as host:
         assert host.ctrl.domain_info(domid) is None
+
+
+def test_a_destroyed_domain_is_gone_once_it_is_released(stores: GuestStores) -> None:
+    """Its page is mapped until then."""
+    with built(configuration.load(HELLO, [])[0]) as creation:
+        domid, ctrl = introduced(stores, creation), creation.host.ctrl
+        ctrl.domain_destroy(domid)
+        info = ctrl.domain_info(domid)
+        assert info is not None
+        assert info.dying
+        stores.release(domid)
+        wait_for(lambda: ctrl.domain_info(domid) is None, "it stays a zombie")
+        creation.domid = -1
+    assert not any(name.startswith(f"{domid}.") for name in os.listdir(STATE))
+
+
+def test_a_domain_that_went_while_storesd_was_down_is_found_out(stores: GuestStores) -> None:
+    with built(configuration.load(HELLO, [])[0]) as creation:
+        domid, ctrl = introduced(stores, creation), creation.host.ctrl
+        end(storesd_pid(), signal.SIGKILL)
+        ctrl.domain_destroy(domid)
+        wait_for(lambda: ctrl.domain_info(domid) is None, "a zombie without storesd")
+        start("storesd")
+        wait_for(serves, "storesd does not start again")
+        assert not stores.is_introduced(domid)
+        creation.domid = -1
+    assert not any(name.startswith(f"{domid}.") for name in os.listdir(STATE))
+
+
+def introduced(stores: GuestStores, creation: Creation) -> int:
+    stores.open(creation.domid, uuid_of(creation), "short-lived")
+    stores.introduce(creation.domid, 0, creation.store_port)
+    assert stores.is_introduced(creation.domid)
+    return creation.domid
 
 
 # Against xenstored

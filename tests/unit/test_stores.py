@@ -8,6 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from stores_host import UUID, Control, Guest, Host
 
 from noxs import guestring, wire
@@ -167,6 +169,51 @@ def test_an_introduction_that_fails_can_be_repeated(host: Host, control: Control
     assert not host.hardware.bound
     assert host.hardware.views[9].closed
     assert control.ask(wire.INTRODUCE, 9, 0, 7) == b"OK\0"
+
+
+words = st.sampled_from([
+    b"open", b"attach", b"detach", b"5", b"6", b"99999", b"vif", b"vbd", b"0", b"x", b"",
+    b"/local/domain/5/data", b"/local/domain/5", b"/local/domain/6/x", b"/vm/x", b"@x", b"rel",
+    b"n5", b"r0", b"1", b"t", b"00000000-0000-4000-8000-000000000006",
+])  # fmt: skip
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 23),
+            st.integers(0, 1),
+            st.one_of(
+                st.lists(words, max_size=6).map(lambda parts: b"\0".join(parts) + b"\0"),
+                st.binary(max_size=30),
+            ),
+        ),
+        max_size=20,
+    )
+)
+def test_whatever_a_control_client_sends_gets_one_reply(
+    tmp_path_factory: pytest.TempPathFactory, script: Any
+) -> None:
+    host = Host(tmp_path_factory.mktemp("host"))
+    control = Control(host)
+    host.guest(5)
+    host.hardware.page(6)
+    for number, (op, tx, payload) in enumerate(script, 1):
+        control.sock.sendall(wire.pack(op, number, tx, payload))
+        replies: list[int] = []
+        while not replies:
+            host.turn()
+            replies = [m[1] for m in control.receive() if m[0] != wire.WATCH_EVENT]
+        assert replies == [number]
+    control.sock.close()
+    host.turn()
+    assert not host.stores.legs
+    for served in host.stores.guests.values():
+        served.store.tree.check()
+    host.stores.hall.tree.check()
 
 
 # Quotas
