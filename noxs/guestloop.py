@@ -332,12 +332,18 @@ class GuestLoop(Service):
     def unmap(self, guest: Guest) -> None:
         """Let go of a guest's page and channel."""
         guest.ring = None  # it looks into the page
-        if self.by_port.pop(guest.local_port, None) is not None:
-            self.hardware.unbind(guest.local_port)
+        try:
+            if self.by_port.pop(guest.local_port, None) is not None:
+                self.hardware.unbind(guest.local_port)
+        except ChaosError as error:
+            self.log(str(error))
         guest.local_port = 0
         page = self.pages.pop(guest.domid, None)
-        if page is not None:
-            page.close()
+        try:
+            if page is not None:
+                page.close()
+        except ChaosError as error:
+            self.log(str(error))
 
     def remove_journal(self, guest: Guest) -> None:
         """Close and remove a guest's journal."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from stores_host import UUID, Control, Guest, Host
 
 from noxs import guestring, wire
+from xenctypes.errors import CallFailed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,6 +170,20 @@ def test_an_introduction_that_fails_can_be_repeated(host: Host, control: Control
     assert not host.hardware.bound
     assert host.hardware.views[9].closed
     assert control.ask(wire.INTRODUCE, 9, 0, 7) == b"OK\0"
+
+
+def test_a_release_is_complete_even_if_xen_resists(
+    host: Host, control: Control, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CallFailed("xengnttab_unmap", 22)
+
+    monkeypatch.setattr(host.hardware, "unbind", refuse)
+    monkeypatch.setattr(host.hardware.views[5], "close", refuse)
+    assert control.ask(wire.RELEASE, 5) == b"OK\0"
+    assert control.ask(wire.READ, "/local/domain/5/name") == b"ENOENT\0"
+    assert os.listdir(host.state) == []
+    assert "xengnttab_unmap" in host.said[-1]
 
 
 words = st.sampled_from([
