@@ -221,7 +221,6 @@ class GuestLoop(Service):
         handled = ring.handled
         try:
             more = ring.turn(guest.journal)
-            guest.compact()
         except OSError as error:
             self.complain_of(error)
             self._later(guest, now + RETRY)
@@ -229,6 +228,7 @@ class GuestLoop(Service):
         except Exception as error:  # noqa: BLE001 - a bug that one guest meets is its own
             ring.cut_off(f"a bug: {error!r}")
             more = False
+        self.compact(guest)
         end = self.clock()
         guest.work.take(end - now + VISIT, end)
         guest.requests.take(ring.handled - handled, end)
@@ -243,6 +243,13 @@ class GuestLoop(Service):
             guest.guard = guest.guard or GUARD
             self._later(guest, end + guest.guard)
             guest.guard = min(2 * guest.guard, GUARD_MAX) if ring.unsettled else 0.0
+
+    def compact(self, guest: Guest) -> None:
+        """Shorten a guest's journal, if it has grown long and can be."""
+        try:
+            guest.compact()
+        except OSError as error:
+            self.complain_of(error)
 
     def complain_of(self, error: OSError) -> None:
         """Log that a journal cannot be written."""
@@ -297,6 +304,7 @@ class GuestLoop(Service):
         except OSError as error:
             self.complain_of(error)
             self._later(guest, self.clock() + RETRY)
+        self.compact(guest)
 
     # Guests' lives
 

@@ -114,6 +114,7 @@ class Stores(GuestLoop):
             if guest is not None:
                 guest.tick(self.clock())
                 guest.handle(self._leg(client, guest.store, guest), message)
+                self.compact(guest)
             elif op in _CHANGES:
                 raise StoreError(b"EACCES")
             else:

@@ -297,6 +297,23 @@ def test_a_full_file_system_makes_guests_wait(
     assert control.ask(wire.READ, "/local/domain/5/data/x") == b"1"
 
 
+def test_a_journal_does_not_grow_without_end(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    guest, control = host.guest(5), Control(host)
+    journal = host.stores.guests[5].journal
+    assert journal is not None
+    longest = 0
+    for number in range(1000):
+        control.ask(wire.WRITE, "/local/domain/5/attr/1", value=b"v" * 1000)
+        if number % 2:
+            guest.write(b"attr/2", b"w" * 1000)
+        longest = max(longest, journal.length)
+    assert 1 << 17 < longest < (1 << 18) + 2000
+    assert len(os.listdir(journal.directory)) == 2
+    host.restart()
+    assert guest.read(b"attr/1") == b"v" * 1000
+
+
 # A real process, and SIGKILL
 
 
