@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import time
 import uuid as uuid_module
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from errno import ENOMEM
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -39,11 +37,11 @@ from chaos.steps import (
 )
 from noxs.abi import STATE_READY
 from noxs.page import Page, more_pages
-from xenctypes.errors import CallFailed, DeviceError, StateError, XenError
+from xenctypes.errors import DeviceError, StateError, XenError
 from xenctypes.public import HVM_PARAM_STORE_PFN, XEN_X86_EMU_LAPIC
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
     from chaos.builder import Builder, Loaded
@@ -51,6 +49,7 @@ if TYPE_CHECKING:
     from chaos.host import Host
     from chaos.registry import Entry, Record, Registry
 
+MIB_SHIFT = 20
 SLACK_KIB = 1024  # above maxmem, as libxl's LIBXL_MAXMEM_CONSTANT
 
 
@@ -268,29 +267,30 @@ def _populate(creation: Creation) -> None:
         ctrl.domain_set_memory_map(creation.domid, pvh.memory_map(config.memory))
     elif config.maxmem > config.memory:
         ctrl.domain_set_memmap_limit(creation.domid, config.maxmem * 1024 + SLACK_KIB)
-    with _enough_memory(creation):
-        if config.type == "pvh":
-            size = pvh.paging_bytes(config, hap="hap" in creation.host.virt_caps)
-            ctrl.set_paging_mempool_size(creation.domid, size)
+    page_tables = 0
+    if config.type == "pvh":
+        size = pvh.paging_bytes(config, hap="hap" in creation.host.virt_caps)
+        page_tables = -(-size >> MIB_SHIFT)
+        if ctrl.physinfo().free_pages >> 8 < config.memory + page_tables:
+            raise _too_little_memory(creation, page_tables)  # which Xen finds out page by page
+        ctrl.set_paging_mempool_size(creation.domid, size)
+    try:
         creation.reserved = creation.builder.populate(
             creation.domid, kind=config.type, mib=config.memory, reserved=creation.reserve
         )
-
-
-@contextmanager
-def _enough_memory(creation: Creation) -> Iterator[None]:
-    """Say so when the reason of a failure is that the host has too little."""
-    try:
-        yield
     except XenError as error:
-        free = creation.host.ctrl.physinfo().free_pages >> 8
-        wanted = creation.config.memory
-        if free < wanted or (isinstance(error, CallFailed) and error.errno == ENOMEM):
-            raise XenError(
-                f"not enough memory: {wanted} MiB asked for, {free} MiB free",
-                hint="destroy a domain, or lower memory=",
-            ) from error
+        if ctrl.physinfo().free_pages >> 8 < config.memory:
+            raise _too_little_memory(creation, page_tables) from error
         raise
+
+
+def _too_little_memory(creation: Creation, page_tables: int) -> XenError:
+    free = creation.host.ctrl.physinfo().free_pages >> 8
+    more = f" and {page_tables} for its page tables" if page_tables else ""
+    return XenError(
+        f"not enough memory: {creation.config.memory} MiB{more} asked for, {free} MiB free",
+        hint="destroy a domain, or lower memory=",
+    )
 
 
 def _depopulate(creation: Creation) -> None:

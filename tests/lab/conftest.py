@@ -27,9 +27,12 @@ from daemons import (
     stop_xendevd,
     wait_for,
 )
+from guest import making
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from guest import Guest
 
 MARKS = {
     "xenstored": "runs on a host with xenstored",
@@ -86,6 +89,13 @@ def network() -> None:
     """A bus and a xendevd, for the rest of this boot where none run."""
     ensure_bus()
     ensure_xendevd()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Guest]]:
+    """A function that makes guests, which end with the test."""
+    with making() as make:
+        yield make
 
 
 @pytest.fixture
