@@ -299,11 +299,11 @@ def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> lis
 
 def _connected(bus: Bus, domid: int, devid: int) -> bool:
     path = backend_path(domid, devid)
-    keys = ("state", hotplug.STATUS, hotplug.ERROR_TEXT)
-    state, status, why = bus.read_many(f"{path}/{key}" for key in keys)
+    paths = [f"{path}/{key}" for key in ("state", hotplug.STATUS, hotplug.ERROR_TEXT)]
+    state, status, why, text = bus.read_many([*paths, _error_path(domid, devid)])
     if status == hotplug.ERROR:
         raise DeviceError(f"vif {devid}: {why or 'xendevd could not plug it'}")
-    said = _netback_error(bus, domid, devid)
+    said = _behind(text)
     if state in {STATE_CLOSING, STATE_CLOSED} or (said and not _driven(domid, devid)):
         raise DeviceError(f"vif {devid}: netback refused it{said}", hint="dmesg may say more")
     return state == STATE_CONNECTED
@@ -316,8 +316,15 @@ def _unplugged(bus: Bus, domid: int, devids: Iterable[int]) -> bool:
 
 def _netback_error(bus: Bus, domid: int, devid: int) -> str:
     """What netback wrote about a vif that failed (xenbus_va_dev_error), with ": " in front."""
-    text = bus.get(f"{_errors(domid)}/{devid}/error")
+    return _behind(bus.get(_error_path(domid, devid)))
+
+
+def _behind(text: str | None) -> str:
     return f": {' '.join(text.split())}" if text else ""
+
+
+def _error_path(domid: int, devid: int) -> str:
+    return f"{_errors(domid)}/{devid}/error"
 
 
 def _errors(domid: int) -> str:
@@ -403,16 +410,23 @@ def _leaves(bus: Bus, directory: str) -> bool:
 
 @contextmanager
 def _watching(bus: Bus, path: str) -> Iterator[Callable[[float], Iterator[None]]]:
-    """Watch ``path``; what is yielded gives a turn at once, after each change, and now and then."""
+    """Watch a backend directory; what is yielded gives turns: at once, after changes, now and then.
+
+    Only changes that tell how far a vif is count: netback writes a dozen other nodes for each.
+    """
     token = f"vif {path}"
     bus.watch(path, token)
+
+    def tells(changed: str) -> bool:
+        return changed == path or changed.rpartition("/")[2] in {"state", hotplug.STATUS}
 
     def changes(timeout: float) -> Iterator[None]:
         deadline = time.monotonic() + timeout
         yield None
         while (left := deadline - time.monotonic()) > 0:
-            bus.events(min(left, LOOK_EVERY))
-            yield None
+            events = bus.events(min(left, LOOK_EVERY))
+            if not events or any(tells(changed) for changed, _ in events):
+                yield None
 
     try:
         yield changes
