@@ -30,7 +30,9 @@ memory = 4
 kernel = "/run/hello.elf"
 size = 16
 """
-IDLE_SECONDS = 10.0
+SETTLE_SECONDS = 5.0
+IDLE_SECONDS = 30.0
+WARM_UP = 30  # the first creates run code that the emulator has not translated yet
 
 
 def rss_kib(pid: int) -> int:
@@ -67,15 +69,17 @@ def main() -> int:
                 flavour = chaos.call("pool.list")[0]
                 return bool(flavour["ready"] == flavour["size"] and not flavour["making"])
 
-            def samples(tag: str) -> list[float]:
+            def samples(tag: str, count: int = args.count) -> list[float]:
                 found = []
-                for number in range(args.count):
+                for number in range(count):
                     wait(filled, "the pool is not filled")
                     name = f"{tag}{number}"
                     found.append(clock(lambda name=name: chaos.create(config, name=name)))
                     chaos.destroy(name)
                 return found
 
+            samples("warm-up", WARM_UP)
+            chaos.create(config, name="one")
             few = samples("few")
             wait(filled, "the pool is not filled")
             before = rss_kib(daemon.pid)
@@ -86,6 +90,7 @@ def main() -> int:
                     sys.stderr.write(f"{number + 1} guests, {time.monotonic() - start:.0f} s\n")
             wait(filled, "the pool is not filled")
             result["daemon_kib_per_guest"] = (rss_kib(daemon.pid) - before) / args.guests
+            time.sleep(SETTLE_SECONDS)
             used = cpu_seconds(daemon.pid)
             time.sleep(IDLE_SECONDS)
             result["daemon_idle_cpu"] = (cpu_seconds(daemon.pid) - used) / IDLE_SECONDS
