@@ -28,7 +28,7 @@ from chaos.domains import check_free, reap
 from chaos.host import Host
 from chaos.registry import DAEMON_LOCK, RUNNING, Registry
 from chaos.steps import perform
-from xenctypes.errors import ChaosError, StateError
+from xenctypes.errors import ChaosError, PageError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -169,7 +169,10 @@ class Daemon:
                 due = now + MAC_REFRESH
                 await self._refresh_macs()
             await asyncio.sleep(TICK)
-            self.guests.notice_others()
+            try:
+                self.guests.notice_others()
+            except Exception as error:  # noqa: BLE001 - the next tick may have better luck
+                self.log(f"domains of other commands were not looked for: {error}")
 
     # Creating
 
@@ -230,19 +233,24 @@ class Daemon:
                 delivery.timings,
                 subject=f'cannot create "{config.name}"',
             )
-        except ChaosError:
-            if self._lives(shell):
+        except ChaosError as error:
+            if self._is_as_before(shell, error):
                 self.pool.put_back(shell)
-            else:  # another toolstack destroyed it
+            else:
                 self.pool.spawn(self.pool.discard(shell))
             raise
         guest = self._guest(delivery)
         self.loop.call_soon(self._settle, guest, delivery)
         return delivery
 
-    def _lives(self, shell: Shell) -> bool:
+    def _is_as_before(self, shell: Shell, error: ChaosError) -> bool:
+        """Whether nothing is left in a shell of a delivery that failed with that error."""
+        refused = isinstance(error.__cause__ or error, (StateError, PageError))
+        if not refused or getattr(error, "__notes__", None):  # the notes: what was not undone
+            return False
         info = self.guests.info(shell.domid, shell.uuid)
-        return info is not None and not info.dying
+        # Another toolstack may have destroyed it, or let it run.
+        return info is not None and info.paused and not info.dying and not info.cpu_time
 
     def unpause(self, delivery: Delivery) -> None:
         """Let a guest that was delivered paused run."""

@@ -20,6 +20,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any
 
 from chaos.daemon.flavour import Flavour, Source
+from chaos.daemon.settings import FLAVOURS_MAX
 from chaos.daemon.shell import Shell, prepared
 from chaos.daemon.workers import DELAYS, Worker
 from chaos.domains import reap, reap_one
@@ -49,6 +50,7 @@ ASKED_WITHIN = 60.0
 ASKED_MAX = 256
 ADAPTIVE_MAX = 16
 ADAPTIVE = "adaptive-"
+NOT_REFILLED, NOT_TIDIED = "the pool is not refilled", "the pool is not looked after"
 
 
 class Pool:
@@ -82,6 +84,7 @@ class Pool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._counter = 0
+        self._problems: dict[str, str] = {}
         self._changes: list[asyncio.Future[None]] = []
 
     # Life
@@ -105,22 +108,36 @@ class Pool:
         # Whatever the makers had begun, and every shell there is: none of them has a name.
         for flavour in self.flavours.values():
             for shell in flavour.shells:
-                shell.let_go()
+                self._let_go(shell)
         await self.in_thread(_reap_shells)
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:
-        """Run a coroutine that ends with the pool."""
+        """Run a coroutine that ends with the pool; its failure is told."""
+        task = self._begin(work)
+        task.add_done_callback(self._spawned)
+        return task
+
+    def _begin(self, work: Any) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _spawned(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._tell("a task of the pool failed", task.exception())
+
+    def _tell(self, what: str, error: object) -> None:
+        """Tell of a problem of the pool as a whole, once for as long as it stays the same."""
+        if self._problems.get(what) != str(error):
+            self._problems[what] = str(error)
+            self.emit("problem", what=f"{what}: {error}")
 
     def _hire(self) -> None:
         if not self.closing:
             self.workers.append(Worker(self.names.path, self._worker_ended, self._worker_idle))
 
     def _worker_idle(self) -> None:
-        self.deaths = 0
         self._wake.set()
 
     def _worker_ended(self, worker: Worker) -> None:
@@ -144,9 +161,13 @@ class Pool:
     # Flavours
 
     def add(self, spec: FlavourSpec) -> Flavour:
-        """A new flavour. StateError if its name is taken."""
+        """A new flavour. StateError if its name is taken, or if there are too many."""
         if spec.name in self.flavours:
             raise StateError(f'a flavour named "{spec.name}" exists already')
+        if sum(not flavour.adaptive for flavour in self.flavours.values()) >= FLAVOURS_MAX:
+            raise StateError(
+                f"there are {FLAVOURS_MAX} flavours already", hint="chaos pool remove one of them"
+            )
         config = spec.config
         source = Source(config.kernel, config.ramdisk, config.cmdline) if config.kernel else None
         return self._add(
@@ -223,7 +244,7 @@ class Pool:
         return None
 
     def put_back(self, shell: Shell) -> None:
-        """Return a shell that nothing was done to."""
+        """Return a shell that nothing was done to; to its end if it is of no flavour any more."""
         flavour = shell.flavour
         if flavour is not None and self.flavours.get(flavour.name) is flavour:
             self._put(shell, flavour)
@@ -285,20 +306,21 @@ class Pool:
         urgent: bool = False,
     ) -> Shell:
         """A new shell of the configuration's shape, warm if images are given. ChaosError."""
+        worker = self._pick(urgent=urgent)
         shape = shape_of(config)
         uuid = str(uuid_module.uuid4())
         names = self.names
-        macs = [names.reserve_mac(None, uuid) for _ in config.vifs]
-        texts = [mac.hex(":") for mac in macs]
+        macs: list[bytes] = []
         try:
-            names.add_shell(Record(uuid, "", state=SHELL, macs=texts))
+            for _ in config.vifs:
+                macs.append(names.reserve_mac(None, uuid))  # noqa: PERF401 - undone one by one
+            names.add_shell(Record(uuid, "", state=SHELL, macs=[mac.hex(":") for mac in macs]))
         except BaseException:
-            for text in texts:
-                names.release_mac(text, uuid)
+            for mac in macs:
+                names.release_mac(mac.hex(":"), uuid)
             raise
         shell = Shell(self.host, names, uuid, shape, macs, more_pages(len(macs), room))
         shell.image = key
-        worker = self._pick(urgent=urgent)
         request = {
             "do": "make",
             "uuid": uuid,
@@ -308,9 +330,10 @@ class Pool:
         }
         try:
             made = await worker.ask(request, [each.fd for each in opened], urgent=urgent)
+            self.deaths = 0
             shell.take_over(made)
         except BaseException:
-            shell.let_go()
+            self._let_go(shell)
             await asyncio.shield(self._reap(uuid))
             raise
         if not opened:
@@ -344,10 +367,12 @@ class Pool:
                 "config": blank(config, f"shell-{shell.uuid[:8]}").as_dict(),
             }
             made = await worker.ask(request, [each.fd for each in opened], urgent=True)
+            self.deaths = 0
             shell.image = source.key_of(opened)
+            shell.flavour = None  # it is not of its kind any more
             shell.take_over(made)
         except BaseException:
-            shell.let_go()
+            self._let_go(shell)
             await asyncio.shield(self._reap(shell.uuid))
             raise
         return shell
@@ -360,7 +385,7 @@ class Pool:
 
     async def _finish(self, work: Awaitable[Shell]) -> Shell:
         """Wait for a shell; if nobody waits any more it is made all the same, and given back."""
-        task = self.spawn(work)
+        task = self._begin(work)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -381,18 +406,24 @@ class Pool:
 
     async def discard(self, shell: Shell) -> None:
         """The end of a shell that is on no shelf."""
-        shell.let_go()
+        self._let_go(shell)
         worker, shell.worker = shell.worker, None
         if worker is not None and worker in self.workers:
             with contextlib.suppress(ChaosError):
                 await worker.ask({"do": "drop", "uuid": shell.uuid})
         await self._reap(shell.uuid)
 
+    def _let_go(self, shell: Shell) -> None:
+        try:
+            shell.let_go()
+        except ChaosError as error:  # its domain shall go all the same
+            self._tell("a shell is not let go of", error)
+
     async def _reap(self, uuid: str) -> None:
         """Remove what there is of a shell, wherever its making stopped."""
         try:
             await self.in_thread(lambda host, names: reap_one(host, names, uuid, shells=True))
-        except ChaosError as error:
+        except (ChaosError, OSError) as error:
             self.emit("problem", what=f"a shell cannot be removed: {error}", uuid=uuid)
 
     # Refilling
@@ -417,12 +448,15 @@ class Pool:
         ):
             return
         del self._asked[key]
-        self._counter += 1
+        name = ""
+        while not name or name in self.flavours:
+            self._counter += 1
+            name = f"{ADAPTIVE}{self._counter}"
         held = source.holding(opened)
         self._add(
             Flavour(
-                f"{ADAPTIVE}{self._counter}",
-                blank(config, f"{ADAPTIVE}{self._counter}"),
+                name,
+                blank(config, name),
                 self.settings.adaptive_size,
                 0,
                 0,
@@ -436,19 +470,26 @@ class Pool:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while any(worker.idle for worker in self.workers):
-                flavour = self._neediest()
-                if flavour is None:
-                    break
-                wait = self._quiet_from - self._loop.time()
-                if wait > 0 and not flavour.urgent:
-                    self._loop.call_later(wait, self._wake.set)
-                    break
-                if not self._may_grow(flavour):
-                    break
-                flavour.making += 1
-                self.spawn(self._fill(flavour))
-                await asyncio.sleep(0)  # the maker is asked before the next one is chosen
+            try:
+                await self._make_what_is_missing()
+                self._problems.pop(NOT_REFILLED, None)
+            except Exception as error:  # noqa: BLE001 - the next tick may have better luck
+                self._tell(NOT_REFILLED, error)
+
+    async def _make_what_is_missing(self) -> None:
+        while any(worker.idle for worker in self.workers):
+            flavour = self._neediest()
+            if flavour is None:
+                break
+            wait = self._quiet_from - self._loop.time()
+            if wait > 0 and not flavour.urgent:
+                self._loop.call_later(wait, self._wake.set)
+                break
+            if not self._may_grow(flavour):
+                break
+            flavour.making += 1
+            self.spawn(self._fill(flavour))
+            await asyncio.sleep(0)  # the maker is asked before the next one is chosen
 
     def _neediest(self) -> Flavour | None:
         now = self._loop.time()
@@ -480,7 +521,7 @@ class Pool:
                 opened = flavour.source.open()
                 key = flavour.source.key_of(opened)
             shell = await self.make(flavour.config, opened, key, room=flavour.room)
-        except (ChaosError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next try comes later
             flavour.failures += 1
             delay = DELAYS[min(flavour.failures, len(DELAYS) - 1)]
             flavour.not_before = self._loop.time() + delay
@@ -518,7 +559,13 @@ class Pool:
         return int(self.host.ctrl.physinfo().free_pages >> 8)
 
     async def _find_memory(self, mib: int) -> None:
-        """Give shells back until a domain of that size fits, or there are none left."""
+        """Give shells back until a domain of that size fits, if all of them are enough for that."""
+        held = sum(
+            len(flavour.shells) * (flavour.config.memory + OVERHEAD_MIB)
+            for flavour in self.flavours.values()
+        )
+        if self._free_mib() + held < mib + OVERHEAD_MIB:
+            return
         while self._free_mib() < mib + OVERHEAD_MIB:
             shell = next(self._dispensable(), None)
             if shell is None:
@@ -535,15 +582,22 @@ class Pool:
     async def _housekeeping(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            for flavour in list(self.flavours.values()):
-                self._look_after(flavour)
-            if self._free_mib() < self.settings.memory_floor:
-                shell = next(self._dispensable(), None)
-                if shell is not None:
-                    self._take_off(shell)
-                    self.emit("pool shrinks", why="memory is short", flavour=_name(shell))
-                    await self.discard(shell)
+            try:
+                await self._look_after_all()
+                self._problems.pop(NOT_TIDIED, None)
+            except Exception as error:  # noqa: BLE001 - the next tick may have better luck
+                self._tell(NOT_TIDIED, error)
             self._wake.set()
+
+    async def _look_after_all(self) -> None:
+        for flavour in list(self.flavours.values()):
+            self._look_after(flavour)
+        if self._free_mib() < self.settings.memory_floor:
+            shell = next(self._dispensable(), None)
+            if shell is not None:
+                self._take_off(shell)
+                self.emit("pool shrinks", why="memory is short", flavour=_name(shell))
+                await self.discard(shell)
 
     def _look_after(self, flavour: Flavour) -> None:
         """Shells whose image changed on disk go, and adaptive flavours that nobody asks for."""

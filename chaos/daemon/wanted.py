@@ -22,7 +22,7 @@ from chaos.daemon.rights import Peer, borrowed
 from chaos.domconfig import DomainConfig, check_name
 from chaos.shape import Shape, shape_of
 from noxs.page import more_pages
-from xenctypes.errors import ConfigError, ImageError
+from xenctypes.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,14 +70,17 @@ class Wanted(NamedTuple):
 
     def key(self, peer: Peer) -> ImageKey:
         """The version of the image that its paths name now, if the peer may read it. ImageError."""
-        if peer.uid:
-            for opened in self.open(peer):
-                opened.close()
-        key = self.source.key()
-        if key is None:
-            self.open(peer)  # says what is wrong
-            raise ImageError(f"{self.source.kernel}: it keeps changing")
-        return key
+        key = None if peer.uid else self.source.key()
+        if key is not None:
+            return key
+        # Of the very files that the peer could open: a path may name another one next. For root
+        # this says what is wrong.
+        opened = self.open(peer)
+        try:
+            return self.source.key_of(opened)
+        finally:
+            for each in opened:
+                each.close()
 
     def open(self, peer: Peer) -> list[OpenImage]:
         """The images, opened with the peer's rights; the caller closes them. ImageError."""

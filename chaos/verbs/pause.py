@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chaos.destroy import pooled
 from chaos.domains import find, unfinished
 from chaos.registry import BUILDING, ENDING
 from xenctypes.errors import StateError
@@ -27,6 +28,8 @@ def run(call: Invocation) -> int:
         raise StateError("Domain-0 is the host itself and cannot be paused")
     if domain.record is not None and domain.record.state in {BUILDING, ENDING}:
         raise StateError(unfinished(domain.record), hint="try again")
+    if domain.is_shell:
+        raise pooled(domain.domid)
     ctrl = call.host.ctrl
     pause = call.args.verb == "pause"
     if pause == domain.info.paused:

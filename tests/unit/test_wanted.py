@@ -1,14 +1,19 @@
 """Configurations that the daemon reads for its clients, and remembers."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from chaos import image
 from chaos.configjson import from_dict
+from chaos.daemon import wanted as module
+from chaos.daemon.flavour import Source
 from chaos.daemon.rights import Peer
 from chaos.daemon.wanted import NotHere, Reader
+from chaos.image import OpenImage
 from xenctypes.errors import ConfigError, ImageError
 
 ROOT = Peer(1, 0, 0, ())
@@ -84,6 +89,29 @@ def test_a_missing_image_is_named(config: Path) -> None:
     kernel.write_bytes(b"y")
     os.utime(kernel, ns=(before.kernel.mtime_ns, before.kernel.mtime_ns))
     assert wanted.key(MINE) != before
+
+
+def test_a_member_gets_the_key_of_what_he_could_open(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of what the path names a moment later."""
+    kernel, secret = config.parent / "k.elf", config.parent / "secret"
+    kernel.write_bytes(b"x")
+    secret.write_bytes(b"root's own")
+    wanted = Reader().read(MINE, str(config.parent), str(config), [])
+    mine = image.identity(os.stat(kernel))
+    really = Source.open
+
+    def open_and_swap(source: Source) -> list[OpenImage]:
+        opened = really(source)
+        kernel.unlink()
+        kernel.symlink_to(secret)
+        return opened
+
+    monkeypatch.setattr(Source, "open", open_and_swap)
+    monkeypatch.setattr(module, "borrowed", lambda _peer: contextlib.nullcontext())
+    key = wanted.key(Peer(1, 1000, 1000, ()))
+    assert (key.kernel.inode, key.kernel.size) == (mine.inode, mine.size)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes on another user's rights")

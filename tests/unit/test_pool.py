@@ -1,0 +1,347 @@
+"""The pool's bookkeeping, with makers that make domains on paper."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from paper_xen import Xen
+
+from chaos.daemon import pool as module
+from chaos.daemon.core import Daemon
+from chaos.daemon.pool import Pool
+from chaos.daemon.rights import Peer
+from chaos.daemon.settings import FLAVOURS_MAX, FlavourSpec, Settings
+from chaos.daemon.wanted import want
+from chaos.daemon.workers import DELAYS, MakerDied
+from chaos.domconfig import DomainConfig
+from chaos.registry import Registry
+from chaos.verbs import pause
+from chaos.vifspec import parse_vif
+from xenctypes.errors import CallFailed, ChaosError, StateError, XenError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+PATIENCE = 10.0
+VIF = parse_vif("bridge=br", 0)[0]
+
+
+class Maker:
+    """Makes domains as chaos.daemon.maker does, at once, or dies of it."""
+
+    deadly = False
+
+    def __init__(self, xen: Xen, ended: Callable[[Maker], None]) -> None:
+        self.xen = xen
+        self.ended = ended
+        self.ready = True
+        self.job = None
+        self.jobs: list[Any] = []
+        self.pid = 1
+
+    @property
+    def idle(self) -> bool:
+        return self.ready
+
+    def ask(self, request: dict[str, Any], *_: Any, **__: Any) -> asyncio.Future[Any]:
+        future = asyncio.get_running_loop().create_future()
+        if self.deadly:
+            self.ready = False
+            self.ended(self)
+            future.set_exception(MakerDied("a shell maker failed: it died"))
+            return future
+        if request["do"] == "make":
+            domid = self.xen.create(request["uuid"], mib=request["config"]["memory"])
+        else:
+            domid = next(
+                d.domid
+                for d in self.xen.domains.values()
+                if str(d.uuid.hex()) in request["uuid"].replace("-", "")
+            )
+        warm = request["do"] == "load"
+        future.set_result(
+            {
+                "domid": domid, "console_port": 1, "store_port": 2, "console_frame": 3,
+                "store_frame": 4 if warm else -1, "noxs": False, "digest": "", "page": b"",
+                "page_frames": [], "timings": [],
+            }
+        )  # fmt: skip
+        return future
+
+    def end(self, _why: str) -> None:
+        self.ready = False
+
+
+class Lab:
+    """A pool on a hypervisor of paper."""
+
+    def __init__(self, names: Registry, settings: Settings) -> None:
+        self.xen = Xen()
+        self.names = names
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.pool = Pool(self.xen.host, names, settings, self.in_thread, self.emit)
+
+    async def in_thread(self, function: Callable[[Any, Registry], Any]) -> Any:
+        return function(self.xen.host, self.names)
+
+    def emit(self, kind: str, **data: Any) -> None:
+        self.told.append((kind, data))
+
+    def traces(self) -> list[str]:
+        """What the registry has."""
+        return [
+            name
+            for kind in ("domains", "macs", "names")
+            for name in os.listdir(f"{self.names.path}/{kind}")
+        ]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    names = Registry(str(tmp_path / "run"))
+    names.prepare()
+
+    def go(test: Callable[[Lab], Awaitable[None]], *, makers: int = 1, **settings: Any) -> None:
+        async def main() -> None:
+            lab = Lab(names, Settings(builders=makers, **settings))
+            monkeypatch.setattr(module, "Worker", lambda _path, ended, _idle: Maker(lab.xen, ended))
+            lab.pool.start()
+            async with asyncio.timeout(PATIENCE):
+                await test(lab)
+                await lab.pool.close()
+            assert lab.xen.domains == {}
+            assert lab.traces() == []
+
+        monkeypatch.setattr(module, "TICK", 0.01)
+        monkeypatch.setattr(module, "QUIET", 0.0)
+        asyncio.run(main())
+
+    return go
+
+
+def config(memory: int = 4, **more: Any) -> DomainConfig:
+    return DomainConfig(name="x", memory=memory, kernel="k", **more)
+
+
+def spec(name: str = "f", size: int = 2, memory: int = 4) -> FlavourSpec:
+    return FlavourSpec(name=name, config=DomainConfig(name=name, memory=memory), size=size)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Let the loop turn until something is so."""
+    loop = asyncio.get_running_loop()
+    while not true():
+        turned = loop.create_future()
+        loop.call_soon(turned.set_result, None)
+        await turned
+
+
+async def filled(pool: Pool) -> None:
+    flavours = pool.flavours.values()
+    await until(lambda: all(flavour.missing <= 0 and not flavour.making for flavour in flavours))
+
+
+def test_without_a_maker_nothing_is_left_of_a_create(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        lab.pool.workers.clear()
+        with pytest.raises(XenError, match="no shell maker runs"):
+            await lab.pool.make(config(vifs=(VIF,)), [], None)
+        assert lab.traces() == []
+
+    run(test)
+
+
+def test_addresses_that_cannot_be_had_are_given_back(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        reserve, given = lab.names.reserve_mac, []
+
+        def reserve_mac(mac: bytes | None, uuid: str) -> bytes:
+            if given:
+                raise StateError("no free MAC address found")
+            given.append(reserve(mac, uuid))
+            return given[0]
+
+        lab.names.reserve_mac = reserve_mac  # type: ignore[method-assign, assignment]
+        with pytest.raises(StateError, match="no free MAC"):
+            await lab.pool.make(config(vifs=(VIF, parse_vif("bridge=br", 1)[0])), [], None)
+        assert given
+        assert lab.traces() == []
+
+    run(test)
+
+
+def test_makers_that_die_in_each_job_are_replaced_later_and_later(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(lab: Lab) -> None:
+        pool = lab.pool
+        monkeypatch.setattr(Maker, "deadly", True)
+        for _ in range(4):
+            if not pool.workers:
+                pool._hire()  # instead of waiting so long
+            pool._worker_idle()  # as a new one that is ready does
+            with pytest.raises(MakerDied):
+                await pool.make(config(), [], None)
+        delays = [data["replaced_in_s"] for kind, data in lab.told if kind == "maker died"]
+        assert delays == list(DELAYS[:4])
+        monkeypatch.setattr(Maker, "deadly", False)
+        if not pool.workers:
+            pool._hire()
+        await pool.discard(await pool.make(config(), [], None))
+        assert pool.deaths == 0
+
+    run(test)
+
+
+def test_what_can_never_fit_costs_no_shells(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        pool = lab.pool
+        pool.add(spec(size=3, memory=100))
+        await filled(pool)
+        free = lab.xen.free_mib
+        await pool._find_memory(free + 3 * 102 + 1)
+        assert len(lab.xen.domains) == 3
+        pool.flavour("f").size = 1  # or it is refilled
+        await pool._find_memory(free + 100)
+        assert len(lab.xen.domains) == 1
+
+    run(test)
+
+
+def test_flavours_are_bounded_and_keep_their_names(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "k").write_bytes(b"image")
+
+    async def test(lab: Lab) -> None:
+        pool = lab.pool
+        mine = pool.add(spec("adaptive-1", size=0))
+        asked = want(config())
+        asked.source.kernel = str(tmp_path / "k")
+        for _ in range(3):
+            opened = asked.source.open()
+            pool.note(asked.config, asked.source, opened)
+            for each in opened:
+                each.close()
+        assert pool.flavours["adaptive-1"] is mine
+        assert pool.flavours["adaptive-2"].adaptive
+        await pool.remove("adaptive-2")
+        for number in range(FLAVOURS_MAX - 1):
+            pool.add(spec(f"f{number}", size=0))
+        with pytest.raises(StateError, match="256 flavours already"):
+            pool.add(spec("one more", size=0))
+
+    run(test)
+
+
+@pytest.mark.parametrize("failing", ["physinfo", "unbind"])
+def test_a_failed_call_does_not_end_the_pool_s_work(failing: str, run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        pool, xen = lab.pool, lab.xen
+        xen.failing[failing] = CallFailed(failing, errno.EAGAIN)
+        pool.add(spec())
+        if failing == "unbind":
+            await filled(pool)
+            for shell in pool.flavour("f").shells:
+                shell.port = xen.bind_interdomain(shell.domid, 1)
+            assert await pool.drain("f") == 2
+        often = 2 if failing == "unbind" else 6
+        await until(lambda: xen.calls[failing] >= often)
+        told = [data["what"] for kind, data in lab.told if kind == "problem"]
+        assert told
+        assert len(set(told)) == len(told)  # not again with each tick
+        xen.failing.clear()
+        await filled(pool)
+        assert len(xen.domains) == 2
+
+    run(test)
+
+
+class Delivering:
+    """As much of a Daemon as a delivery needs."""
+
+    create = Daemon.create
+    _deliver = Daemon._deliver
+    _is_as_before = Daemon._is_as_before
+    _check = Daemon._check
+
+    def __init__(self, lab: Lab) -> None:
+        self.pool = lab.pool
+        self._dom0_macs = frozenset({"00:16:3e:00:00:01"})
+        self.guests = SimpleNamespace(info=lambda domid, _uuid: lab.xen.domain_info(domid))
+
+    def refuse(self, shell: Any, asked: DomainConfig) -> None:
+        peer = Peer(1, 0, 0, ())
+        with pytest.raises(ChaosError):
+            Daemon._deliver(self, shell, want(asked), peer, paused=False)  # type: ignore[arg-type]
+
+
+def test_only_a_shell_that_is_as_before_returns_to_its_shelf(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        pool, xen, daemon = lab.pool, lab.xen, Delivering(lab)
+        flavour = pool.add(spec(size=1))
+        await filled(pool)
+        flavour.size = 0  # no more are made
+        (shell,) = flavour.shells
+        lab.names.link_name("taken", shell.uuid.replace(shell.uuid[:4], "0000"))
+        os.mkdir(f"{lab.names.path}/domains/{shell.uuid.replace(shell.uuid[:4], '0000')}")
+        assert pool.take(shell.shape, None, 0) is shell
+        shell.noxs = True
+        daemon.refuse(shell, DomainConfig(name="taken", memory=4, kernel="k"))
+        assert flavour.shells == {shell}
+        # Somebody let it run.
+        xen.domain_unpause(shell.domid)
+        assert pool.take(shell.shape, None, 0) is shell
+        daemon.refuse(shell, DomainConfig(name="other", memory=4, kernel="k"))
+        assert flavour.shells == set()
+        await until(lambda: not xen.domains)
+        os.rmdir(f"{lab.names.path}/domains/{shell.uuid.replace(shell.uuid[:4], '0000')}")
+        with lab.names.locked():
+            lab.names.sweep()
+
+    run(test)
+
+
+def test_a_generic_shell_with_an_image_is_of_its_flavour_no_more(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "k").write_bytes(b"image")
+
+    async def test(lab: Lab) -> None:
+        pool = lab.pool
+        flavour = pool.add(spec(size=1))
+        await filled(pool)
+        flavour.size = 0
+        asked = want(config())
+        asked.source.kernel = str(tmp_path / "k")
+        shell = pool.take(asked.shape, None, 0)
+        assert shell is not None
+        opened = asked.source.open()
+        await pool.load(shell, asked.config, asked.source, opened)
+        opened[0].close()
+        pool.put_back(shell)  # its delivery failed: its MAC address was taken, say
+        assert flavour.shells == set()
+        await until(lambda: not lab.xen.domains)
+
+    run(test)
+
+
+@pytest.mark.parametrize("verb", ["pause", "unpause"])
+def test_a_shell_is_not_for_anybody_to_run(verb: str, run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        flavour = lab.pool.add(spec(size=1))
+        await filled(lab.pool)
+        (shell,) = flavour.shells
+        args = SimpleNamespace(domain=str(shell.domid), verb=verb)
+        call: Any = SimpleNamespace(host=lab.xen.host, names=lab.names, args=args, daemon=None)
+        with pytest.raises(StateError, match="is a shell of chaosd's pool"):
+            pause.run(call)
+        assert lab.xen.domains[shell.domid].paused
+
+    run(test)
