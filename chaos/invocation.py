@@ -10,12 +10,13 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Mapping
 
+    from chaos.daemon.streams import Output
     from chaos.host import Host
     from chaos.registry import Registry
 
@@ -43,12 +44,15 @@ class Invocation:
 
     def print(self, *lines: str) -> None:
         """Write lines to the standard output."""
-        for line in lines:
-            self.stdout.write(line + "\n")
+        self.stdout.write("".join(line + "\n" for line in lines))
 
     def print_json(self, value: Any) -> None:
         """Write one JSON document to the standard output."""
         self.stdout.write(json.dumps(value, indent=2) + "\n")
+
+    async def drain(self) -> None:
+        """In a daemon: wait until the standard output has taken what was written. OSError."""
+        await cast("Output", self.stdout).drain()
 
     def warn(self, line: str) -> None:
         """Write a warning to the standard error."""

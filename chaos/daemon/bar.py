@@ -14,17 +14,28 @@ if TYPE_CHECKING:
 
     from chaos.invocation import Invocation
 
+PATIENCE = 1.0
+"""Seconds that a bar has to go away; whether a terminal is one may take for ever to find out."""
+
 
 @contextlib.asynccontextmanager
 async def bar(call: Invocation, what: str, total: int) -> AsyncIterator[Callable[[], None]]:
-    """A progress bar on the client's terminal, which a thread draws: terminals may stand still."""
-    if total == 1 or getattr(call.args, "quiet", False) or not call.stderr.isatty():
+    """A progress bar on the client's terminal, which a thread of its own draws."""
+    if total == 1 or getattr(call.args, "quiet", False):
         yield lambda: None
         return
     done = 0
     changed, finished = threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    drawing = loop.create_future()
 
     def draw() -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody looks at it
+            show()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(drawing.set_result, None)
+
+    def show() -> None:
         drawn = 0
         with progress(call.stderr, what, total, environ=call.environ) as advance:
             while not finished.is_set() or drawn < done:
@@ -39,10 +50,10 @@ async def bar(call: Invocation, what: str, total: int) -> AsyncIterator[Callable
         done += 1
         changed.set()
 
-    drawing = asyncio.get_running_loop().create_task(asyncio.to_thread(draw))
+    threading.Thread(target=draw, name="bar", daemon=True).start()
     try:
         yield advance
     finally:
         finished.set()
         changed.set()
-        await drawing
+        await asyncio.wait({drawing}, timeout=PATIENCE)

@@ -12,11 +12,13 @@ import contextlib
 import functools
 import os
 import select
+import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from chaos import frames
 from chaos.cli import EXIT_INTERRUPTED, VERBS, describe_error, verb_parser
+from chaos.daemon.streams import Input, Output
 from chaos.daemon.wanted import NotHere
 from chaos.invocation import Invocation
 from xenctypes.errors import ChaosError
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 SMALL = 1024
 """Bytes that a descriptor which polls writable takes without blocking (PIPE_BUF is 4096)."""
+FLUSH_SECONDS = 1.0
+"""How long an interrupted command's last words may take to be read, and descriptors to close."""
 EXIT_SIGNAL = 128
 SIGINT = 2
 
@@ -82,7 +86,8 @@ class Command:
         self.fds = fds
         self.signal = 0
         self._cancel_fd = -1
-        self._task: asyncio.Task[int] | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._outputs: list[Output] = []
 
     def begin(self) -> Coroutine[Any, Any, Any] | None:
         """Answer at once if that can be, else return what is left to do. NotHere."""
@@ -155,55 +160,88 @@ class Command:
                 verbose = True
                 words.pop(0)
             self._cancel_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            with contextlib.ExitStack() as stack:
-                streams = [
-                    stack.enter_context(_stream(fd, mode))
-                    for fd, mode in zip(self.fds, "rww", strict=False)
-                ]
-                return await self._guarded(words, streams, verbose=verbose)
+            self._outputs = [Output(fd) for fd in self.fds[1:3]]
+            return await self._guarded(words, verbose=verbose)
         finally:
             if self._cancel_fd >= 0:
                 os.close(self._cancel_fd)
-            self.close()
+                self._cancel_fd = -1
+            await self._let_go()
 
-    async def _guarded(self, words: list[str], streams: list[TextIO], *, verbose: bool) -> int:
-        _, out, err = streams
+    async def _let_go(self) -> None:
+        """Close the client's descriptors where that may block; give it a moment to be done.
+
+        Whoever reads them, or unmounts a file system, learns of the end before the client does.
+        """
+        fds, self.fds = self.fds, []
+        outputs, self._outputs = self._outputs, []
+        loop = self.daemon.loop
+        closed = loop.create_future()
+
+        def work() -> None:
+            for output in outputs:
+                output.join()
+            for fd in fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(closed.set_result, None)
+
+        for output in outputs:
+            output.close()
+        threading.Thread(target=work, name="close", daemon=True).start()
+        await asyncio.wait({closed}, timeout=FLUSH_SECONDS)
+
+    async def _guarded(self, words: list[str], *, verbose: bool) -> int:
         try:
             args = parser_of(words[0]).parse_intermixed_args(words[1:])
             verbose = verbose or args.verbose
-            status = await self._verb(words[0], args, streams)
-            await self._flush(out, err)
+            status = await self._verb(words[0], args)
+            await self._drain()
         except NotHere:
             self.connection.reply(self.ident, frames.EXEC, None)
             raise
         except (KeyboardInterrupt, asyncio.CancelledError) as error:
+            self.signal = self.signal or SIGINT
             notes = "".join(f"chaos: {note}\n" for note in getattr(error, "__notes__", ()))
-            return await self._end(err, notes, self._interrupted())
+            return await self._end(notes, self._interrupted())
         except ChaosError as error:
             text = describe_error(error, verbose=verbose)
-            return await self._end(err, text, error.exit_code)
+            return await self._end(text, error.exit_code)
         except BrokenPipeError:
             return 1
         except OSError as error:
-            return await self._end(err, f"chaos: {error.strerror or error}\n", 1)
+            return await self._end(f"chaos: {error.strerror or error}\n", 1)
         return status
 
     def _interrupted(self) -> int:
-        return EXIT_INTERRUPTED if self.signal in {0, SIGINT} else EXIT_SIGNAL + self.signal
+        return EXIT_INTERRUPTED if self.signal == SIGINT else EXIT_SIGNAL + self.signal
 
-    async def _end(self, err: TextIO, text: str, status: int) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            err.write(text)
-            await self._flush(err)
+    async def _end(self, text: str, status: int) -> int:
+        with contextlib.suppress(OSError, ValueError, asyncio.CancelledError):
+            if text:
+                self._outputs[1].write(text)
+            await self._drain()
         return status
 
-    async def _flush(self, *streams: TextIO) -> None:
-        for stream in streams:
-            await asyncio.to_thread(stream.flush)
+    async def _drain(self) -> None:
+        """Wait until the output is read; of an interrupted command not for long. OSError."""
+        self._task = self.daemon.loop.create_task(self._written())
+        if self.signal:
+            await asyncio.wait({self._task}, timeout=FLUSH_SECONDS)
+            self._task.cancel()
+        await self._task
 
-    async def _verb(self, verb: str, args: Any, streams: list[TextIO]) -> int:
+    async def _written(self) -> None:
+        drained = (output.drain() for output in self._outputs)
+        for failure in await asyncio.gather(*drained, return_exceptions=True):
+            if failure is not None:
+                raise failure
+
+    async def _verb(self, verb: str, args: Any) -> int:
         module = _module(verb)
-        stdin, stdout, stderr = streams
+        stdin = cast("TextIO", Input(self.fds[0]))
+        stdout, stderr = (cast("TextIO", output) for output in self._outputs)
         call = Invocation(
             args,
             self.daemon.host,
@@ -225,15 +263,9 @@ class Command:
         def work(host: Host, names: Registry) -> int:
             call.host, call.names = host, names
             code: int = module.run(call)
-            stdout.flush()
             return code
 
         return await self.daemon.in_verb_thread(work)
-
-
-def _stream(fd: int, mode: str) -> TextIO:
-    stream = os.fdopen(os.dup(fd), mode, encoding="utf-8", errors="backslashreplace")
-    return cast("TextIO", stream)
 
 
 def _write(fd: int, text: str) -> None:

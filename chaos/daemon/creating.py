@@ -21,24 +21,16 @@ if TYPE_CHECKING:
     from chaos.daemon.wanted import Wanted
     from chaos.invocation import Invocation
 
+AT_ONCE = 64
+"""Domains that are told of before what is printed must be read."""
+
 
 async def serve(call: Invocation) -> int:
     """Create what the command line asks for."""
     args, daemon = call.args, call.daemon
-    path, overrides = sources(args)
-    wanted: list[Wanted] = []
-    for member in members(args, overrides):
-        if not wanted or member.overrides != overrides:
-            base = daemon.reader.read(call.peer, call.directory, path, member.overrides)
-            await asyncio.sleep(0)  # others have their turn
-        if not (args.quiet or wanted):
-            for warning in base.warnings:
-                call.warn(warning)
-        name = member.name(base.config.name)
-        wanted.append(base if name == base.config.name else base.named(name))
+    wanted = await _wanted(call)
     if args.dryrun:
-        shown = [one.config.as_dict() for one in wanted]
-        call.print_json(shown if args.count else shown[0])
+        await _print_json(call, lambda: [one.config.as_dict() for one in wanted])
         return 0
     batch = Batch(call)
     try:
@@ -52,8 +44,44 @@ async def serve(call: Invocation) -> int:
     except BaseException:
         await asyncio.shield(batch.take_back())
         raise
-    described = [daemon.describe(delivery) for delivery in batch.made]
-    return report(call, described) or batch.status
+    if args.json:
+        described = [daemon.describe(delivery) for delivery in batch.made]
+        await _print_json(call, lambda: described)
+        return batch.status
+    for start in range(0, len(batch.made), AT_ONCE):
+        report(call, [daemon.describe(each) for each in batch.made[start : start + AT_ONCE]])
+        await call.drain()
+    return batch.status
+
+
+async def _wanted(call: Invocation) -> list[Wanted]:
+    """The configurations to create, checked; warnings are printed."""
+    args = call.args
+    path, overrides = sources(args)
+    wanted: list[Wanted] = []
+    for member in members(args, overrides):
+        if not wanted or member.overrides != overrides:
+            base = call.daemon.reader.read(call.peer, call.directory, path, member.overrides)
+            await asyncio.sleep(0)  # others have their turn
+        if not (args.quiet or wanted):
+            for warning in base.warnings:
+                call.warn(warning)
+        name = member.name(base.config.name)
+        wanted.append(base if name == base.config.name else base.named(name))
+    return wanted
+
+
+async def _print_json(call: Invocation, values: Callable[[], list[Any]]) -> None:
+    """Print JSON of each domain, the one or a list; many take their time, in a thread."""
+
+    def write(*_: object) -> None:
+        shown = values()
+        call.print_json(shown if call.args.count else shown[0])
+
+    if call.args.count:
+        await call.daemon.in_verb_thread(write)
+    else:
+        write()
 
 
 class Batch:
@@ -141,7 +169,7 @@ async def _stay(call: Invocation, delivery: Delivery) -> int:
                 ending = event["action"]
                 if not call.args.quiet:
                     call.print(f"{name}, domain {event['domid']}: {event['reason']}, {ending}")
-                    await asyncio.to_thread(call.stdout.flush)
+                    await call.drain()
                 if ending == "preserve":
                     return 0
             elif event["event"] == "created":

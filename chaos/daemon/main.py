@@ -99,7 +99,7 @@ async def _serve(path: str, settings: settings_module.Settings) -> int:
         daemon.log(f"serving {len(daemon.guests.by_uuid)} guests on {path}")
         await stop.wait()
         privileges.notify("STOPPING=1")
-        server.close()
+        await server.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
     finally:

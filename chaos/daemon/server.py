@@ -24,16 +24,22 @@ if TYPE_CHECKING:
 
 SOCKET = "/run/chaos/chaosd.sock"
 CHUNK = 1 << 16
+NOBODY = -1
 FDS_MAX = 4
 """Descriptors that come with one message: a command's streams and its directory."""
 BACKLOG_MAX = 4 << 20
 """Bytes that may wait for a client that does not read; with more it is cut off."""
 BACKLOG_HIGH = 1 << 18
 """Bytes above which streams to a client pause."""
+CLOSE_SECONDS = 30.0
+"""How long requests may take to be taken back at the end."""
 
 
 class Connection:
-    """One client. ``running`` are its requests in flight by id, ``attached`` its consoles."""
+    """One client. ``running`` are its requests in flight by id, ``attached`` its consoles.
+
+    A request with the id 0 goes by a negative one here: nothing is replied to it.
+    """
 
     def __init__(self, server: Server, sock: socket.socket, peer: Peer) -> None:
         self.server = server
@@ -45,6 +51,7 @@ class Connection:
         self.fds: list[int] = []
         self.closed = False
         self._splitter = frames.Splitter()
+        self._silent = 0
         self._backlog: deque[bytes] = deque()
         self._waiting = 0
         self._drained = asyncio.Event()
@@ -94,6 +101,9 @@ class Connection:
         return fds
 
     def _take(self, request: frames.Request) -> None:
+        if not request.ident:
+            self._silent -= 1
+            request = request._replace(ident=self._silent)
         ident = request.ident
         if ident in self.running:
             raise ProtocolError(f"request {ident} is still in flight")
@@ -117,7 +127,9 @@ class Connection:
         finally:
             self._drop_fds()
         if work is not None:
-            self.running[ident] = self._loop.create_task(self._run(ident, work))
+            task = self.running[ident] = self._loop.create_task(self._run(ident, work))
+            self.server.tasks.add(task)
+            task.add_done_callback(self.server.tasks.discard)
 
     def cancel(self, ident: int) -> None:
         """End a request, whose reply says so; one that is answered already is fine."""
@@ -156,7 +168,7 @@ class Connection:
 
     def reply(self, ident: int, kind: int, value: Any) -> None:
         """Send, or keep for later; a client that does not read is cut off."""
-        if self.closed:
+        if self.closed or ident < 0:
             return
         try:
             data = frames.pack_reply(ident, kind, value)
@@ -232,6 +244,7 @@ class Server:
         self.listener = listener
         self.gid = gid
         self.connections: set[Connection] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
         listener.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(listener.fileno(), self._accept)
@@ -262,24 +275,30 @@ class Server:
 
     def _admitted(self, peer: Peer) -> bool:
         """Root, and the members of the group; whatever the mode of the socket says by now."""
-        return peer.uid in {0, os.geteuid()} or self.gid in (peer.gid, *peer.groups)
+        if peer.uid in {0, os.geteuid()}:
+            return True
+        return self.gid != NOBODY and self.gid in (peer.gid, *peer.groups)
 
-    def close(self) -> None:
-        """Stop listening and drop every client."""
+    async def close(self) -> None:
+        """Stop listening, drop every client, and wait for what they asked to be taken back."""
         self._loop.remove_reader(self.listener.fileno())
         self.listener.close()
         for connection in list(self.connections):
             connection.close()
+        if self.tasks:
+            _, late = await asyncio.wait(self.tasks, timeout=CLOSE_SECONDS)
+            if late:
+                self.daemon.log(f"{len(late)} requests did not end within {CLOSE_SECONDS:.0f} s")
 
 
 def listen(path: str, group: str) -> tuple[socket.socket, int]:
-    """The listening socket, mode 0660, and the gid that may use it. BusError, OSError."""
+    """The listening socket, and the gid that may use it, or NOBODY. BusError, OSError."""
     import grp
 
     try:
-        gid = grp.getgrnam(group).gr_gid if group else 0
+        gid = grp.getgrnam(group).gr_gid if group else NOBODY
     except KeyError:
-        gid = 0  # without the group the socket is root's alone
+        gid = NOBODY  # without the group the socket is root's alone
     os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     temporary = f"{path}.{os.getpid()}"
@@ -291,7 +310,7 @@ def listen(path: str, group: str) -> tuple[socket.socket, int]:
     finally:
         os.umask(mask)
     os.chown(temporary, -1, gid)
-    os.chmod(temporary, 0o660)
+    os.chmod(temporary, 0o600 if gid == NOBODY else 0o660)
     listener.listen(512)
     os.rename(temporary, path)
     return listener, gid

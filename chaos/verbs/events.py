@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import time
@@ -34,7 +33,7 @@ async def serve(call: Invocation) -> int:
     async with contextlib.aclosing(call.daemon.events.subscribe(call.args.since)) as events:
         async for event in events:
             call.print(json.dumps(event) if call.args.json else line(event))
-            await asyncio.to_thread(call.stdout.flush)
+            await call.drain()
     return 0
 
 
