@@ -90,7 +90,17 @@ def list_domains(
     if reap(host, names, infos, [] if problems is None else problems):
         infos = host.ctrl.domain_list()
     domains = [_join(host, names, info) for info in infos]
-    return [domain for domain in domains if shells or not domain.is_shell]
+    return [
+        domain
+        for domain in domains
+        if (shells or not domain.is_shell) and (domain.name != UNNAMED or _still_is(host, domain))
+    ]
+
+
+def _still_is(host: Host, domain: Domain) -> bool:
+    """Whether a domain that has no name was not destroyed, with its record, while we looked."""
+    info = host.ctrl.domain_info(domain.domid)
+    return info is not None and info.uuid == domain.info.uuid
 
 
 def find(host: Host, names: Registry, wanted: str) -> Domain:
