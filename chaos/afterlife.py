@@ -6,7 +6,7 @@ import uuid as uuid_module
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chaos import vif, xenstored
+from chaos import domains, vif
 from chaos.domains import shutdown_name
 from xenctypes.errors import StateError
 
@@ -21,6 +21,7 @@ RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 YOUNG = 10.0
 """Seconds of life below which a death counts as one of a loop."""
 COREDUMP = "coredump-"
+ENDINGS = ("on_poweroff", "on_reboot", "on_crash", "on_watchdog")
 
 
 def delay(failures: int) -> float:
@@ -52,7 +53,8 @@ def successor(config: DomainConfig, record: Record) -> DomainConfig:
 def set_aside(host: Host, names: Registry, uuid: str) -> str:
     """Keep a dead domain under another name and UUID, which is returned, without its vifs.
 
-    Its successor has those. Raises StateError if it is gone.
+    Its successor has those. Whatever its end was, it is preserved from now on. Raises StateError
+    if it is gone; what it did before another error does no harm when it is called again.
     """
     with names.locked(), names.entry(uuid) as entry:
         entry.lock(wait=True)
@@ -64,8 +66,8 @@ def set_aside(host: Host, names: Registry, uuid: str) -> str:
             for mac in record.macs:
                 names.release_mac(mac, uuid)
             record.macs = []
-        kept = uuid_module.uuid4()
-        host.ctrl.domain_sethandle(record.domid, kept.bytes)
-        names.rekey(entry, record, str(kept), names.free_name(record.name))
-        xenstored.announce(host, record.domid, record.name)
-    return str(kept)
+        if record.uuid == uuid:
+            record.config |= dict.fromkeys(ENDINGS, "preserve")
+            names.begin_rekey(entry, record, str(uuid_module.uuid4()), names.free_name(record.name))
+        domains.settle(host, names, entry, record)
+    return record.uuid

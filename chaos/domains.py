@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid as uuid_module
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +12,7 @@ from xenctypes.errors import BusError, ChaosError, StateError
 
 if TYPE_CHECKING:
     from chaos.host import Host
-    from chaos.registry import Record, Registry
+    from chaos.registry import Entry, Record, Registry
     from xenctypes.ctrl import DomainInfo
 
 DOM0 = "Domain-0"
@@ -167,7 +168,8 @@ def reap(
             continue
         if record is not None and record.state == registry.SHELL and daemon:
             continue
-        if record is None or record.state != registry.RUNNING or uuid not in alive:
+        as_it_should = record and (record.state, record.uuid) == (registry.RUNNING, uuid)
+        if not as_it_should or uuid not in alive:
             suspects.append(uuid)
     if not suspects and not names.has_stale_staging():
         return 0
@@ -197,11 +199,14 @@ def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) ->
         shell = record is not None and record.state == registry.SHELL
         if shell and not shells and names.daemon_runs():
             return 0
-        wanted = uuid_module.UUID(uuid).bytes
-        info = next((i for i in host.ctrl.domain_list() if i.uuid == wanted), None)
-        if record is not None and record.state == registry.RUNNING and info is not None:
-            return 0
         record = record or registry.Record(uuid=uuid, name="")
+        either = {uuid_module.UUID(uuid).bytes, uuid_module.UUID(record.uuid).bytes}
+        info = next((i for i in host.ctrl.domain_list() if i.uuid in either), None)
+        if record.state == registry.RUNNING and info is not None:
+            entry.close()  # the registry's lock comes before it
+            if record.uuid != uuid:
+                _settle_again(host, names, uuid)
+            return 0
         if info is not None:
             end(host, info, record)
         elif record.domid > 0 and host.ctrl.domain_info(record.domid) is None:
@@ -210,6 +215,25 @@ def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) ->
                 vif.disconnect_all(host.bus, record.domid)
         names.forget(entry, record)
         return 1
+
+
+def settle(host: Host, names: Registry, entry: Entry, record: Record) -> None:
+    """Give a domain the UUID and the name that its record says. The caller holds both locks.
+
+    Also if that was done in part, by a process that was killed. Raises CallFailed.
+    """
+    host.ctrl.domain_sethandle(record.domid, uuid_module.UUID(record.uuid).bytes)
+    names.finish_rekey(entry, record)
+    with contextlib.suppress(BusError):  # xl shows its old name then
+        xenstored.announce(host, record.domid, record.name)
+
+
+def _settle_again(host: Host, names: Registry, uuid: str) -> None:
+    with names.locked(), names.entry(uuid) as entry, contextlib.suppress(StateError):
+        if entry.lock(wait=False):
+            record = names.read(uuid)
+            if record is not None and record.uuid != uuid:
+                settle(host, names, entry, record)
 
 
 def check_free(host: Host, names: Registry, name: str) -> None:

@@ -12,6 +12,9 @@
             console.log, .log.1     what the console said (chaos.consolelog)
             console.lock            flock: held by a command that is attached to it
 
+A domain whose UUID changes has one of two, the one that its directory is named by or the one in
+its record, until both are the same again (``move_shell``, ``begin_rekey``).
+
 A record whose directory nobody locks and whose domain the hypervisor does not
 know, or whose state is "building" or "ending", was left by a process that died: the
 next command reaps it. A record in the state "shell" is the daemon's: a domain that
@@ -286,15 +289,33 @@ class Registry:
             raise
         self._unlink(old, record.uuid)
 
-    def rekey(self, entry: Entry, record: Record, uuid: str, name: str) -> None:
-        """Give a domain another UUID and name, so that another can have those it had."""
-        os.rename(entry.path, f"{self.path}/domains/{uuid}")
-        self._unlink(record.name, record.uuid)
-        entry.path = f"{self.path}/domains/{uuid}"
-        entry.uuid = record.uuid = uuid
-        record.name = name
-        entry.write(record)
+    def begin_rekey(self, entry: Entry, record: Record, uuid: str, name: str) -> None:
+        """Say in its record which UUID and name a domain is to have, before it gets them.
+
+        The caller holds the registry's lock and the domain's, gives the domain the UUID next, and
+        calls ``finish_rekey`` then. StateError if the name is taken.
+        """
         self._link(name, uuid)
+        record.uuid, record.name = uuid, name
+        entry.write(record)
+
+    def finish_rekey(self, entry: Entry, record: Record) -> None:
+        """Let another domain have the UUID and name that this one had: it has those of its record.
+
+        Also what another process had begun: the link of the new name may have been swept away.
+        """
+        try:
+            self._link(record.name, record.uuid)
+        except StateError:
+            record.name = self.free_name(record.name)
+            self._link(record.name, record.uuid)
+            entry.write(record)
+        before, entry.uuid = entry.uuid, record.uuid
+        path = f"{self.path}/domains/{record.uuid}"
+        os.rename(entry.path, path)
+        entry.path = path
+        for name in os.listdir(f"{self.path}/names"):
+            self._drop_link(f"{self.path}/names/{name}", before)
 
     def free_name(self, name: str) -> str:
         """``name-1``, or with the first higher number that is free."""

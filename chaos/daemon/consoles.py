@@ -170,7 +170,7 @@ class ConsoleHub:
             self._guests[uuid].name = name
 
     def rekey(self, old: str, uuid: str, name: str, directory: str) -> None:
-        """The domain has another UUID, name and directory now (Registry.rekey, move_shell)."""
+        """The domain has another UUID, name and directory now (finish_rekey, move_shell)."""
         guest = self._guests.pop(old, None)
         if guest is not None:
             guest.uuid, guest.name, guest.log = uuid, name, ConsoleLog(directory)

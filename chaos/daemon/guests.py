@@ -204,7 +204,7 @@ class Guests:
                 self.daemon.log(f"domain {uuid}: {error}")
                 continue
             info = infos.get(uuid)
-            if record is None or record.state != RUNNING or info is None:
+            if record is None or record.state != RUNNING or record.uuid != uuid or info is None:
                 continue
             if info.paused and not info.cpu_time and not record.paused:
                 self.daemon.log(f"{record.name} was not finished: destroyed")
@@ -248,7 +248,7 @@ class Guests:
             return guest
         with contextlib.suppress(ChaosError):
             record = self.names.read(uuid)
-            if record is None or record.state != RUNNING:
+            if record is None or record.state != RUNNING or record.uuid != uuid:
                 return None
             if self.info(record.domid, uuid) is not None:
                 return self.adopt(record)

@@ -44,6 +44,13 @@ DESTROY = (
     ("xenctypes.ctrl.Xenctrl", "domain_destroy"),
     ("chaos.registry.Registry", "forget"),
 )
+# The calls around a change of a domain's UUID.
+REKEY = (
+    ("chaos.registry.Registry", "move_shell"),
+    ("chaos.registry.Registry", "begin_rekey"),
+    ("xenctypes.ctrl.Xenctrl", "domain_sethandle"),
+    ("chaos.registry.Registry", "finish_rekey"),
+)
 OBEY = f"""
 import os, signal
 def obey(step):
@@ -85,7 +92,7 @@ import chaos.daemon.core as core, chaos.daemon.workers as workers
 import chaos.registry, chaos.vif, chaos.xenstored, xenctypes.ctrl
 core.DELIVERY_STEPS = obeying(core.DELIVERY_STEPS)
 workers.MAKER = (sys.executable, "-P", "-c", {MAKER!r})
-""" + "\n".join(f"obeying_call({owner}, {name!r})" for owner, name in DESTROY)
+""" + "\n".join(f"obeying_call({owner}, {name!r})" for owner, name in DESTROY + REKEY)
 
 pytestmark = pytest.mark.usefixtures("network")
 
@@ -163,6 +170,10 @@ def boundaries(names: Iterable[str]) -> list[str]:
 
 MAKING = boundaries(step.name for step in SHELL_STEPS + IMAGE_STEPS)
 DELIVERY = boundaries(step.name for step in DELIVERY_STEPS)
+IDENTIFYING = ["after move_shell", "after domain_sethandle"]
+SETTING_ASIDE = [
+    "begin_rekey", "after begin_rekey", "after domain_sethandle", "after finish_rekey"
+]  # fmt: skip
 DESTROYING = boundaries(name for _, name in DESTROY)
 
 
@@ -172,7 +183,7 @@ def test_chaosd_killed(traces: Traces) -> None:
         with Chaos() as chaos:
             create(chaos, "stays", DAYTIME, vif(60), wait_ready=30)
         with pinging("10.77.0.60"):
-            for step in DELIVERY:
+            for step in DELIVERY + IDENTIFYING:
                 with Chaos() as chaos:
                     filled(chaos)
                     plan(step)
@@ -283,6 +294,24 @@ def test_a_restart_outlives_the_daemon(traces: Traces) -> None:
             assert named(chaos) == set()
             with pytest.raises(ChaosError, match='no domain "again"'):
                 chaos.call("destroy", domains=["again"])
+
+
+def test_a_kill_while_the_dead_is_set_aside(traces: Traces) -> None:
+    """Both are there in the end: the dead domain under its new name, and its successor."""
+    with running(NONE, DAEMON) as daemon:
+        for step in SETTING_ASIDE:
+            with Chaos() as chaos:
+                made = create(chaos, "again", HELLO, 'on_crash="rename-restart"', wait_ready=30)
+                plan(step)
+                traces.host.ctrl.domain_shutdown(made["domid"], 3)
+                again(daemon)
+            with Chaos() as chaos:
+                await_event(chaos.submit("events", token=""), "ready", close=True)
+                found = {domain["name"]: domain for domain in chaos.call("list")}
+                assert set(found) == {"Domain-0", "again", "again-1"}, step
+                assert found["again"]["uuid"] == made["uuid"] != found["again-1"]["uuid"]
+                assert found["again-1"]["domid"] == made["domid"]
+                chaos.call("destroy", domains=["again", "again-1"])
 
 
 def crash(host: Host, chaos: Chaos, *, until: str) -> None:

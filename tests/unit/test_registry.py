@@ -102,8 +102,9 @@ def test_the_mac_address_of_a_domain_that_is_gone_is_free(names: Registry) -> No
 
 def test_rekey_makes_room_for_a_successor(names: Registry) -> None:
     record = Record(A, "web")
-    with names.reserve(record) as entry:
-        names.rekey(entry, record, B, names.free_name("web"))
+    with names.reserve(record) as entry, names.locked():
+        names.begin_rekey(entry, record, B, names.free_name("web"))
+        names.finish_rekey(entry, record)
     assert names.uuid_of("web") is None
     assert names.uuid_of("web-1") == B
     names.reserve(Record(A, "web")).close()
