@@ -5,6 +5,7 @@ A method is ``async def _name(connection, ident, params)``; its value is the rep
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from chaos import __version__, frames
 from chaos.cli import VERBS
 from chaos.daemon import settings as settings_module
-from chaos.daemon.command import Command, wants_client
+from chaos.daemon.command import (
+    LOGGED,
+    Command,
+    log_caller,
+    parser_of,
+    thread_for,
+    wants_client,
+)
 from chaos.daemon.rights import check_flavour
 from chaos.daemon.wanted import NotHere, want
 from chaos.invocation import Invocation
@@ -38,25 +46,8 @@ SIMPLE = {
     "reboot": ("domains", "all", "wait", "timeout"),
 }
 """Methods that are verbs with --json, and the parameters that they take."""
-LOGGED = frozenset(
-    [
-        "create",
-        "destroy",
-        "shutdown",
-        "reboot",
-        "pause",
-        "unpause",
-        "rename",
-        "console",
-        "console.attach",
-        "pool.add",
-        "pool.resize",
-        "pool.drain",
-        "pool.remove",
-    ]
-)
-"""Verbs and methods whose callers stand in the log: whatever changes something, or listens."""
-LOGGED_MAX = 200
+WAIT_SECONDS = 3600.0
+"""How long ``wait`` of shutdown and reboot waits where no timeout is given."""
 
 
 class Calls:
@@ -87,7 +78,7 @@ class Calls:
         """Begin with a request: what is left to do, or None if it is answered."""
         ident, method, params = request
         if method in LOGGED:
-            self._log(connection, method, params)
+            log_caller(connection, method, params)
         if method == "run":
             return self._run(connection, ident, params)
         if method == "signal":
@@ -107,15 +98,6 @@ class Calls:
             raise ProtocolError(f'no method "{method[:32]}"', hint="docs/protocol.md lists them")
         return handler(connection, ident, {**params, "": method})
 
-    def _log(self, connection: Connection, what: str, words: object) -> None:
-        """Say who asked for what, once the reply is out; repr keeps it on one line."""
-
-        def write() -> None:
-            peer = connection.peer
-            self.daemon.log(f"user {peer.uid}, process {peer.pid}: {what} {words!r:.{LOGGED_MAX}}")
-
-        self.daemon.loop.call_soon(write)
-
     # A whole command
 
     def _run(
@@ -125,8 +107,6 @@ class Calls:
         command = None
         try:
             argv = [os.fsdecode(word) for word in _list(params, "argv", bytes)]
-            if not LOGGED.isdisjoint((*argv[:1], ".".join(argv[:2]))):  # pool list is none
-                self._log(connection, "chaos", argv)
             if wants_client(argv):
                 connection.reply(ident, frames.EXEC, None)
                 return None
@@ -154,26 +134,45 @@ class Calls:
                 options.append(f"--timeout={_number(params, key)}")
             elif key != "domains" and value is True:
                 options.append(f"--{key}")
+        if params.get("wait") is True and "timeout" not in params:
+            options.append(f"--timeout={WAIT_SECONDS}")
         names = _list(params, "domains", str)
         # Behind "--" a name is a name, whatever it looks like.
         return await self._captured(method, [*options, *(["--"] if names else []), *names])
 
     async def _captured(self, verb: str, argv: list[str]) -> Any:
-        from chaos.daemon.command import parser_of
-
+        module = _module(verb)
         args = parser_of(verb).parse_args(argv)
         out = io.StringIO()
+        cancel = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        unwanted = False
 
         def work(host: Any, names: Any) -> None:
+            if unwanted:
+                return
+            unread = io.StringIO()
             call = Invocation(
-                args, host, names, "/", io.StringIO(), out, io.StringIO(), {}, daemon=self.daemon
+                args, host, names, "/", unread, out, unread, {}, cancel, daemon=self.daemon
             )
-            _module(verb).run(call)
+            try:
+                module.run(call)
+            except KeyboardInterrupt:
+                raise ProtocolError("cancelled") from None
 
+        def ended(running: asyncio.Future[None]) -> None:
+            os.close(cancel)
+            if not running.cancelled():
+                running.exception()  # nobody may want it any more
+
+        running = asyncio.ensure_future(thread_for(self.daemon, module)(work))
+        running.add_done_callback(ended)
         try:
-            await self.daemon.in_thread(work)
+            await asyncio.shield(running)
         finally:
-            text = out.getvalue()
+            if not running.done():
+                unwanted = True
+                os.eventfd_write(cancel, 1)
+        text = out.getvalue()
         return json.loads(text) if text else None
 
     # Methods

@@ -24,7 +24,7 @@ from chaos.invocation import Invocation
 from xenctypes.errors import ChaosError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
     from typing import TextIO
 
     from chaos.cli import Parser
@@ -33,6 +33,26 @@ if TYPE_CHECKING:
     from chaos.host import Host
     from chaos.registry import Registry
 
+LOGGED = frozenset(
+    [
+        "create",
+        "destroy",
+        "shutdown",
+        "reboot",
+        "pause",
+        "unpause",
+        "rename",
+        "console",
+        "console.attach",
+        "logs",
+        "pool.add",
+        "pool.resize",
+        "pool.drain",
+        "pool.remove",
+    ]
+)
+"""Verbs and methods whose callers stand in the log: whatever changes something, or listens."""
+LOGGED_MAX = 200
 SMALL = 1024
 """Bytes that a descriptor which polls writable takes without blocking (PIPE_BUF is 4096)."""
 FLUSH_SECONDS = 1.0
@@ -60,6 +80,18 @@ def parser_of(verb: str) -> Parser:
     return verb_parser(verb, _module(verb))
 
 
+def log_caller(connection: Connection, what: str, words: object) -> None:
+    """Say who asked for what, once the reply is out; repr keeps it on one line."""
+    daemon, peer = connection.server.daemon, connection.peer
+
+    def write() -> None:
+        text = repr(words)
+        text = text if len(text) <= LOGGED_MAX else f"{text[:LOGGED_MAX]}..."
+        daemon.log(f"user {peer.uid}, process {peer.pid}: {what} {text}")
+
+    daemon.loop.call_soon(write)
+
+
 class Command:
     """One command of one client. ``fds`` are its streams and its directory, and are owned."""
 
@@ -85,6 +117,7 @@ class Command:
         }
         self.fds = fds
         self.signal = 0
+        self._logged = False
         self._cancel_fd = -1
         self._task: asyncio.Task[Any] | None = None
         self._outputs: list[Output] = []
@@ -92,9 +125,11 @@ class Command:
     def begin(self) -> Coroutine[Any, Any, Any] | None:
         """Answer at once if that can be, else return what is left to do. NotHere."""
         try:
-            if self._is_plain_create() and self._create_now():
-                self.close()
-                return None
+            if self._is_plain_create():
+                self._log(self.argv, "create")
+                if self._create_now():
+                    self.close()
+                    return None
         except BaseException:
             self.close()
             raise
@@ -143,6 +178,11 @@ class Command:
         self.connection.reply(self.ident, frames.OK, status)
 
     # Any verb
+
+    def _log(self, words: list[str], name: str) -> None:
+        if name in LOGGED and not self._logged:
+            self._logged = True
+            log_caller(self.connection, f"chaos {name.replace('.', ' ')}", words[1:])
 
     def cancel(self, number: int | None) -> None:
         """The client got a signal, or is gone (None): the verb shall end, and clean up."""
@@ -195,6 +235,8 @@ class Command:
     async def _guarded(self, words: list[str], *, verbose: bool) -> int:
         try:
             args = parser_of(words[0]).parse_intermixed_args(words[1:])
+            # By what it means, not by how it is written: options may stand anywhere.
+            self._log(words, f"pool.{args.action}" if words[0] == "pool" else words[0])
             verbose = verbose or args.verbose
             status = await self._verb(words[0], args)
             await self._drain()
@@ -262,10 +304,17 @@ class Command:
 
         def work(host: Host, names: Registry) -> int:
             call.host, call.names = host, names
-            code: int = module.run(call)
-            return code
+            status: int = module.run(call)
+            return status
 
-        return await self.daemon.in_verb_thread(work)
+        code: int = await thread_for(self.daemon, module)(work)
+        return code
+
+
+def thread_for(daemon: Daemon, module: Any) -> Callable[[Any], Coroutine[Any, Any, Any]]:
+    """Where a verb that is no coroutine runs: those that wait for guests starve only their like."""
+    waits = getattr(module, "WAITS", False)
+    return daemon.in_wait_thread if waits else daemon.in_verb_thread
 
 
 def _write(fd: int, text: str) -> None:

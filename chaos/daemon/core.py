@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +41,9 @@ T = TypeVar("T")
 
 THREADS = 16
 VERB_THREADS = 64
+WAIT_THREADS = 64
+CLOSE_SECONDS = 20.0
+"""How long threads may take to end at the end."""
 ROOT = Peer(0, 0, 0, ())
 TICK = 2.0
 MAC_REFRESH = 30.0
@@ -65,6 +68,9 @@ class Daemon:
         self._hosts: list[Host] = []
         self._threads = ThreadPoolExecutor(THREADS, "work")
         self._verbs = ThreadPoolExecutor(VERB_THREADS, "verb")
+        self._waits = ThreadPoolExecutor(WAIT_THREADS, "wait")
+        self._calls: set[Future[Any]] = set()
+        self.stuck = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._dom0_macs: frozenset[str] = frozenset()
         self.guests = Guests(self)
@@ -101,13 +107,25 @@ class Daemon:
         await self.pool.close()
         if self.consoles is not None:
             self.consoles.close()
-        self._verbs.shutdown(wait=True, cancel_futures=True)
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        await self._end_threads()
+        if self.stuck:
+            return  # their handles and the lock go with the process
         for host in self._hosts:
             host.close()
         self.host.close()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
+
+    async def _end_threads(self) -> None:
+        for threads in (self._waits, self._verbs, self._threads):
+            threads.shutdown(wait=False, cancel_futures=True)
+        calls = [asyncio.wrap_future(call) for call in list(self._calls)]
+        if not calls:
+            return
+        _, late = await asyncio.wait(calls, timeout=CLOSE_SECONDS)
+        if late:
+            self.stuck = True
+            self.log(f"{len(late)} threads did not end within {CLOSE_SECONDS:.0f} s")
 
     def _lock(self) -> int:
         path = f"{self.names.path}/{DAEMON_LOCK}"
@@ -135,11 +153,23 @@ class Daemon:
 
     async def in_thread(self, function: Callable[[Host, Registry], T]) -> T:
         """Run something that may block where it holds nobody up, with a Host of its own."""
-        return await self.loop.run_in_executor(self._threads, self._with_host, function)
+        return await self._call(self._threads, function)
 
     async def in_verb_thread(self, function: Callable[[Host, Registry], T]) -> T:
-        """The same for a command's verb, which may take as long as its user likes."""
-        return await self.loop.run_in_executor(self._verbs, self._with_host, function)
+        """The same for a command's verb, which may take its time."""
+        return await self._call(self._verbs, function)
+
+    async def in_wait_thread(self, function: Callable[[Host, Registry], T]) -> T:
+        """The same for a verb that waits for guests, which may take as long as its user likes."""
+        return await self._call(self._waits, function)
+
+    async def _call(
+        self, threads: ThreadPoolExecutor, function: Callable[[Host, Registry], T]
+    ) -> T:
+        call = threads.submit(self._with_host, function)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return await asyncio.wrap_future(call)
 
     def _with_host(self, function: Callable[[Host, Registry], T]) -> T:
         host = getattr(self._local, "host", None)

@@ -104,6 +104,8 @@ async def _serve(path: str, settings: settings_module.Settings) -> int:
             os.unlink(path)
     finally:
         await daemon.close()
+    if daemon.stuck:
+        os._exit(0)  # the interpreter would wait for its threads
     return 0
 
 

@@ -31,6 +31,8 @@ BACKLOG_MAX = 4 << 20
 """Bytes that may wait for a client that does not read; with more it is cut off."""
 BACKLOG_HIGH = 1 << 18
 """Bytes above which streams to a client pause."""
+BRIEF = frozenset(["cancel", "signal"])
+"""Methods that never wait, and that may be what makes room for others."""
 CLOSE_SECONDS = 30.0
 """How long requests may take to be taken back at the end."""
 
@@ -107,7 +109,8 @@ class Connection:
         ident = request.ident
         if ident in self.running:
             raise ProtocolError(f"request {ident} is still in flight")
-        if len(self.running) >= self.server.daemon.settings.requests:
+        full = len(self.running) >= self.server.daemon.settings.requests
+        if full and request.method not in BRIEF:
             self.reply(
                 ident,
                 frames.ERROR,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 10.0
 EXIT_TIMEOUT = 124
+WAITS = True  # for guests; for such verbs the daemon has threads of their own
 CODES = {"shutdown": REQUEST_POWEROFF, "reboot": REQUEST_REBOOT}
 
 

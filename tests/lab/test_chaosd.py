@@ -481,7 +481,7 @@ def test_commands_through_the_daemon(nothing_left: None) -> None:
         told = [next(events.progress) for _ in range(2)]
         assert [(e["event"], e["name"]) for e in told] == [("paused", "fw-7"), ("unpaused", "fw-7")]
         events.cancel()
-        assert re.search(r"user 0, process \d+: chaos \['pause', 'fw-7'\]", LOG.read_text())
+        assert re.search(r"user 0, process \d+: chaos pause \['fw-7'\]", LOG.read_text())
         run = command("create", "examples/hello.cfg", "--count", "3", "--name", "fw-1{n}")
         assert run.returncode == 1  # fw-11 exists: all or nothing
         run = command("create", "examples/hello.cfg", "--count=3", "--name=fw-2{n}", "--keep-going")

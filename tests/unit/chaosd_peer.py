@@ -7,16 +7,14 @@ import asyncio
 import contextlib
 import os
 import socket
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 from chaos import frames
+from chaos.daemon import core
 from chaos.daemon.calls import Calls
-from chaos.daemon.events import Events
 from chaos.daemon.server import Server, listen
 from chaos.daemon.settings import Settings
-from chaos.daemon.wanted import Reader
+from chaos.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -25,26 +23,20 @@ if TYPE_CHECKING:
 PATIENCE = 30.0
 
 
-class Daemon:
-    """What connections and commands need of a daemon."""
+class Daemon(core.Daemon):
+    """The daemon itself, which has taken over no host; what it logs is in ``lines``."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.settings = Settings(**settings)
-        self.events = Events()
-        self.reader = Reader()
-        self.host = SimpleNamespace()
-        self.names = SimpleNamespace()
+    def __init__(self, path: Path, **settings: Any) -> None:
+        super().__init__(Settings(**settings), Registry(str(path / "run")))
+        self.names.prepare()
         self.lines: list[str] = []
-        self._threads = ThreadPoolExecutor(4, "verb")
 
-    def log(self, line: str) -> None:
-        self.lines.append(line)
+    def log(self, message: str) -> None:
+        self.lines.append(message)
 
-    async def in_verb_thread(self, function: Callable[[Any, Any], Any]) -> Any:
-        return await self.loop.run_in_executor(self._threads, function, self.host, self.names)
-
-    in_thread = in_wait_thread = in_verb_thread
+    async def end(self) -> None:
+        """End its threads."""
+        await self._end_threads()
 
 
 class Lab:
@@ -52,7 +44,7 @@ class Lab:
 
     def __init__(self, path: Path, **settings: Any) -> None:
         self.path = str(path / "sock")
-        self.daemon: Any = Daemon(**settings)
+        self.daemon = Daemon(path, **settings)
         self.server = Server(self.daemon, Calls(self.daemon), *listen(self.path, ""))
 
     async def client(self) -> Client:
@@ -129,5 +121,7 @@ def run(path: Path, story: Callable[[Lab], Awaitable[None]], **settings: Any) ->
                 os.unlink(lab.path)
             if lab.server.listener.fileno() >= 0:
                 await lab.server.close()
+            if not lab.daemon.stuck:
+                await lab.daemon.end()
 
     asyncio.run(tell())

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import select
 import termios
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from chaosd_peer import Lab, holds, run
+from chaosd_peer import PATIENCE, Lab, holds, run
 
 from chaos import frames
-from chaos.daemon import streams
+from chaos.daemon import core, streams
+from chaos.daemon.core import WAIT_THREADS
 from chaos.daemon.streams import Output
-from chaos.verbs import info
+from chaos.verbs import destroy, info, shutdown
+from chaos.verbs import list as lister
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,6 +123,106 @@ def test_a_verb_in_a_thread_does_not_wait_for_a_reader(
     run(tmp_path, story)
     os.close(read)
     os.close(write)
+
+
+class Waiting:
+    """A verb that waits for a guest: begun, and ended once it was told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.ended = threading.Semaphore(0), threading.Semaphore(0)
+        self.timeouts: list[float | None] = []
+        monkeypatch.setattr(shutdown, "run", self.run)
+
+    def run(self, call: Invocation) -> int:
+        self.timeouts.append(call.args.timeout)
+        self.begun.release()
+        select.select([call.cancel], [], [])
+        self.ended.release()
+        raise KeyboardInterrupt
+
+    async def all(self, semaphore: threading.Semaphore, count: int) -> None:
+        for _ in range(count):
+            assert await asyncio.to_thread(semaphore.acquire, timeout=PATIENCE)
+
+
+def test_whoever_waits_for_guests_holds_up_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verb = Waiting(monkeypatch)
+
+    async def story(lab: Lab) -> None:
+        with await lab.client() as patient:
+            for ident in range(1, WAIT_THREADS + 1):
+                await patient.ask(ident, "shutdown", domains=["web"], wait=True)
+            await verb.all(verb.begun, WAIT_THREADS)
+            assert set(verb.timeouts) == {3600.0}
+            for run_in in (lab.daemon.in_thread, lab.daemon.in_verb_thread):
+                assert await asyncio.wait_for(run_in(lambda *_: 7), PATIENCE) == 7
+            await patient.ask(0, "cancel", id=1)
+            assert (await patient.reply())[:2] == (1, frames.ERROR)
+            await verb.all(verb.ended, 1)
+        await verb.all(verb.ended, WAIT_THREADS - 1)  # a hangup ends them
+        await holds(lambda: not lab.daemon._calls)
+        with await lab.client() as other:
+            await other.ask(1, "shutdown", domains=["web"], wait=True, timeout=5)
+            await verb.all(verb.begun, 1)
+            assert verb.timeouts[-1] == 5
+            await lab.server.close()  # and so does the daemon's end
+            await lab.daemon.end()
+        assert not lab.daemon.stuck
+
+    run(tmp_path, story)
+
+
+def test_a_thread_that_does_not_end_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "CLOSE_SECONDS", 0.01)
+    go = threading.Event()
+
+    async def story(lab: Lab) -> None:
+        stuck = asyncio.ensure_future(lab.daemon.in_thread(lambda *_: go.wait()))
+        await asyncio.sleep(0)
+        await lab.daemon.end()
+        assert lab.daemon.stuck
+        assert "1 threads did not end" in lab.daemon.lines[-1]
+        go.set()
+        await stuck
+
+    run(tmp_path, story)
+
+
+def test_who_changes_something_is_logged_however_it_is_written(
+    tmp_path: Path, null: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for verb in (destroy, lister):
+        monkeypatch.setattr(verb, "run", lambda _call: 0)
+
+    async def story(lab: Lab) -> None:
+        me = f"user {os.getuid()}, process {os.getpid()}: chaos"
+        with await lab.client() as client:
+            for argv, said in (
+                (["-v", "destroy", "-a"], ["destroy ['-a']"]),
+                (["-v"] * 100 + ["destroy", "-a"], ["destroy ['-a']"]),
+                (["pool", "--json", "drain", "x"], ["pool drain ['--json', 'drain', 'x']"]),
+                (["logs", "-f", "web"], ["logs ['-f', 'web']"]),
+                (["console", "web"], ["console ['web']"]),
+                (["create", "/none.cfg"], ["create ['/none.cfg']"]),
+                (["create", "-q", "/none.cfg"], ["create ['-q', '/none.cfg']"]),
+                (["destroy", "x" * 1000], [f"destroy ['{'x' * 198}..."]),
+                (["pool", "--json"], []),
+                (["list"], []),
+            ):
+                lab.daemon.lines.clear()
+                await client.run(1, *argv, fds=(null, null, null))
+                assert (await client.reply()) is not None
+                assert lab.daemon.lines == [f"{me} {line}" for line in said]
+            lab.daemon.lines.clear()
+            await client.ask(1, "logs", domain="web")
+            await client.reply()
+            assert "logs {'domain': 'web'}" in lab.daemon.lines[0]
+
+    run(tmp_path, story)
 
 
 def test_output_is_bounded(null: int, monkeypatch: pytest.MonkeyPatch) -> None:
