@@ -398,6 +398,10 @@ class Registry:
         except FileNotFoundError:
             return None
 
+    def has(self, uuid: str) -> bool:
+        """Whether there is a directory of that UUID."""
+        return os.path.exists(f"{self.path}/domains/{uuid}")
+
     def uuids(self) -> list[str]:
         """All UUIDs that have a directory."""
         return [name for name in self._listing() if not name.startswith(STAGED)]

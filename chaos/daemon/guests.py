@@ -17,7 +17,7 @@ import errno
 import os
 import uuid as uuid_module
 from time import monotonic, perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from chaos import afterlife
 from chaos.configjson import from_dict
@@ -32,6 +32,8 @@ from xenctypes.errors import CallFailed, ChaosError, StateError
 from xenctypes.evtchn import VIRQ_DOM_EXC
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chaos.daemon.core import Daemon
     from chaos.domconfig import DomainConfig
     from chaos.host import Host
@@ -40,20 +42,30 @@ if TYPE_CHECKING:
     from xenctypes.ctrl import DomainInfo
     from xenctypes.handle import Mapping
 
+T = TypeVar("T")
+
 COALESCE = 0.01
 """Seconds in which deaths are gathered: each look costs a list of all domains."""
+EVENTS_MAX = 64
+"""Events taken at once."""
+EVENTS_FREE = 8
+"""Events of a guest that is not ready yet, after which the next one is heard later and later."""
+EVENT_PAUSE, EVENT_PAUSE_MAX = 0.01, 1.0
+RETRY_SECONDS, RETRY_MAX = 1.0, 60.0
+"""Seconds until a channel that another process has is asked for again, the first and last time."""
 
 
 class Guest:
     """A running domain. ``mapping`` is its device page, ``port`` our end of its store channel.
 
     ``born`` is when it began to run, monotonic; ``failures`` how often in a row it died young,
-    ``told`` whether its being ready was announced.
+    ``told`` whether its being ready was announced, ``events`` how many came before that.
     """
 
     __slots__ = (
-        "born", "config", "console_frame", "console_port", "domid", "failures", "mapping", "name",
-        "noxs", "port", "ready_ms", "told", "unpaused_ns", "uuid", "waiters",
+        "born", "config", "console_frame", "console_port", "domid", "events", "failures",
+        "mapping", "name", "noxs", "port", "ready_ms", "store_frame", "store_port", "told",
+        "unpaused_ns", "uuid", "waiters",
     )  # fmt: skip
 
     def __init__(self, record: Record, config: DomainConfig) -> None:
@@ -63,6 +75,8 @@ class Guest:
         self.noxs = record.noxs
         self.console_frame = record.console_frame
         self.console_port = record.console_port
+        self.store_frame = record.store_frame
+        self.store_port = record.store_port
         self.config = config
         self.mapping: Mapping | None = None
         self.port = 0
@@ -71,6 +85,7 @@ class Guest:
         self.born = monotonic()
         self.failures = 0
         self.told = False
+        self.events = 0
         self.waiters: list[asyncio.Future[str]] | None = None
 
     def words(self) -> GuestWords | None:
@@ -114,6 +129,7 @@ class Guests:
         self._look: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._ending: set[str] = set()
+        self._refused: set[str] = set()
         self._seen_mtime = 0
 
     def start(self) -> None:
@@ -139,13 +155,35 @@ class Guests:
 
     def _events(self) -> None:
         now = perf_counter_ns()
-        for port in self.host.evtchn.drain():
-            if port == self.virq:
-                self.look_soon()
-                continue
+        for port in self.host.evtchn.take(EVENTS_MAX):
             guest = self.by_port.get(port)
             if guest is not None:
                 self.heard(guest, now)
+                self._hear_more(guest)
+                continue
+            if port == self.virq:
+                self.look_soon()
+            self._unmask(port)  # else of a shell, to which Xen sent the event of its binding
+
+    def _hear_more(self, guest: Guest) -> None:
+        """Unmask a guest's channel, later if it chatters; not if it has said all that it can."""
+        if guest.told:
+            return
+        guest.events += 1
+        late = guest.events - EVENTS_FREE
+        if late > 0:
+            pause = min(EVENT_PAUSE_MAX, late * EVENT_PAUSE)
+            self._loop.call_later(pause, self._unmask_of, guest)
+        else:
+            self._unmask(guest.port)
+
+    def _unmask_of(self, guest: Guest) -> None:
+        if guest.port:
+            self._unmask(guest.port)
+
+    def _unmask(self, port: int) -> None:
+        with contextlib.suppress(CallFailed):  # it was closed meanwhile
+            self.host.evtchn.unmask(port)
 
     def heard(self, guest: Guest, now: int) -> None:
         """Take a guest's word that it is ready, if it has said so; ``now`` in ns."""
@@ -153,7 +191,13 @@ class Guests:
             guest.told = True
             if guest.unpaused_ns:
                 guest.ready_ms = (now - guest.unpaused_ns) / 1e6
-            self.daemon.emit("ready", name=guest.name, domid=guest.domid, ready_ms=guest.ready_ms)
+            self.daemon.emit(
+                "ready",
+                name=guest.name,
+                domid=guest.domid,
+                uuid=guest.uuid,
+                ready_ms=guest.ready_ms,
+            )
             guest.wake("ready")
             self.daemon.write_ready(guest)
 
@@ -179,20 +223,44 @@ class Guests:
             self.by_port[guest.port] = guest
 
     def adopt(self, record: Record) -> Guest | None:
-        """Look after a domain that is running already. None if it cannot be held any more."""
-        config = from_dict(record.config | {"name": record.name})
+        """Look after a domain that is running already. None, and a line in the log, if not so."""
+        try:
+            config = from_dict(record.config | {"name": record.name})
+        except ChaosError as error:
+            if record.uuid not in self._refused:
+                self._refused.add(record.uuid)
+                self.daemon.log(f"{record.name} is not looked after: {error}")
+            return None
         guest = Guest(record, config)
-        if record.noxs and record.store_frame >= 0:
-            try:
-                guest.mapping = self.host.memory.map(record.domid, [record.store_frame])
-                guest.port = self.host.evtchn.bind_interdomain(record.domid, record.store_port)
-            except CallFailed:
-                guest.let_go(self.host)  # dying, or its channel is another command's for now
+        if record.noxs and record.store_frame >= 0 and not self._hold(guest):
+            self._loop.call_later(RETRY_SECONDS, self._hold_again, guest, RETRY_SECONDS)
         guest.told = guest.ready
         self.add(guest)
         self.daemon.consoles_add(guest)
-        self.daemon.emit("adopted", name=guest.name, domid=guest.domid)
+        self.daemon.emit("adopted", name=guest.name, domid=guest.domid, uuid=guest.uuid)
         return guest
+
+    def _hold(self, guest: Guest) -> bool:
+        """Map a guest's page and bind its channel; False: dying, or another process has that."""
+        try:
+            guest.mapping = self.host.memory.map(guest.domid, [guest.store_frame])
+            guest.port = self.host.evtchn.bind_interdomain(guest.domid, guest.store_port)
+        except CallFailed:
+            guest.let_go(self.host)
+            return False
+        return True
+
+    def _hold_again(self, guest: Guest, pause: float) -> None:
+        if self.daemon.stopping or self.by_uuid.get(guest.uuid) is not guest:
+            return
+        if not self._hold(guest):
+            pause = min(RETRY_MAX, 2 * pause)
+            self._loop.call_later(pause, self._hold_again, guest, pause)
+            return
+        self.by_port[guest.port] = guest
+        if guest.ready:  # its event was somebody else's
+            guest.told = True
+            guest.wake("ready")
 
     async def adopt_all(self) -> None:
         """Adopt what runs, and end what a killed daemon had not finished."""
@@ -213,8 +281,7 @@ class Guests:
                 except ChaosError as error:
                     self.daemon.log(f"{record.name}: {error}")
                 continue
-            with contextlib.suppress(ChaosError):
-                self.adopt(record)
+            self.adopt(record)
         self.restarts.sweep()
         for restart in self.restarts.all():
             if restart.uuid in self.by_uuid:  # its death was not dealt with yet, or it runs again
@@ -284,7 +351,12 @@ class Guests:
 
     def _look_now(self) -> None:
         self._look = None
-        infos = {info.uuid: info for info in self.host.ctrl.domain_list()}
+        try:
+            infos = {info.uuid: info for info in self.host.ctrl.domain_list()}
+        except CallFailed as error:
+            self.daemon.log(f"who died is not known: {error}")
+            self._look = self._loop.call_later(RETRY_SECONDS, self._look_now)
+            return
         for guest in list(self.by_uuid.values()):
             info = infos.get(uuid_module.UUID(guest.uuid).bytes)
             if info is None or info.domid != guest.domid or info.dying:
@@ -302,13 +374,19 @@ class Guests:
     def forget(self, guest: Guest, how: str) -> None:
         """Hold nothing of a guest any more."""
         if self.by_uuid.get(guest.uuid) is guest:
-            del self.by_uuid[guest.uuid]
-            self.by_port.pop(guest.port, None)
-            self.daemon.consoles_remove(guest)
-            guest.let_go(self.host)
-            self._ending.discard(guest.uuid)
-            guest.wake("dead")
-            self.daemon.emit(how, name=guest.name, domid=guest.domid, uuid=guest.uuid)
+            self._let_go(guest)
+            self._tell_end(guest, how)
+
+    def _let_go(self, guest: Guest) -> None:
+        del self.by_uuid[guest.uuid]
+        self.by_port.pop(guest.port, None)
+        self.daemon.consoles_remove(guest)
+        guest.let_go(self.host)
+        self._ending.discard(guest.uuid)
+
+    def _tell_end(self, guest: Guest, how: str) -> None:
+        guest.wake("dead")
+        self.daemon.emit(how, name=guest.name, domid=guest.domid, uuid=guest.uuid)
 
     async def _bury(self, guest: Guest, info: DomainInfo) -> None:
         """Do what the configuration wants done with a guest that shut down."""
@@ -345,24 +423,50 @@ class Guests:
         uuid = guest.uuid
         restart = Restart(uuid, afterlife.successor(guest.config, record), failures)
         if action != "destroy":
-            await self.daemon.in_thread(lambda _host, _names: self.restarts.write(restart))
+            await self._insist(guest, lambda _host, _names: self.restarts.write(restart))
         if action == "rename-restart":
-            kept = await self.daemon.in_thread(
-                lambda host, names: afterlife.set_aside(host, names, uuid)
+            kept = await self._insist(
+                guest, lambda host, names: afterlife.set_aside(host, names, uuid)
             )
             self.forget(guest, "set aside")
-            with contextlib.suppress(ChaosError):
-                aside = self.names.read(kept)
-                if aside is not None:
-                    self._ending.add(kept)
-                    dead = self.adopt(aside)
-                    if dead is not None:
-                        self.daemon.consoles_remove(dead)
+            if kept is not None:
+                self._keep(kept)
         else:
-            await self.end(uuid)
-            if action == "destroy":
-                return
-        await self._restart(restart)
+            if self.by_uuid.get(uuid) is guest:
+                self._let_go(guest)
+            await self._insist(guest, lambda host, names: _destroy(host, names, uuid))
+            self._tell_end(guest, "destroyed")
+        self._ending.discard(uuid)
+        if action != "destroy":
+            await self._restart(restart)
+
+    def _keep(self, uuid: str) -> None:
+        """Look after a dead domain that was set aside, until it is destroyed."""
+        with contextlib.suppress(ChaosError):
+            record = self.names.read(uuid)
+            if record is not None:
+                self._ending.add(uuid)
+                dead = self.adopt(record)
+                if dead is not None:
+                    self.daemon.consoles_remove(dead)
+
+    async def _insist(self, guest: Guest, function: Callable[[Host, Registry], T]) -> T | None:
+        """Do what a death calls for, if need be again and again. None: the domain is gone."""
+        uuid, failures = guest.uuid, 0
+        while True:
+            self._ending.add(uuid)  # whoever looks at it meanwhile finds it dead, and dealt with
+            try:
+                return await self.daemon.in_thread(function)
+            except (ChaosError, OSError) as error:
+                failures += 1
+                pause = afterlife.delay(failures)
+                self.daemon.emit(
+                    "problem", what=f"the end of {guest.name}, again in {pause:.0f} s: {error}"
+                )
+                self.daemon.log(f"the end of {guest.name} failed: {error}")
+            await asyncio.sleep(pause)
+            if not await self.daemon.in_thread(lambda _host, names: names.has(uuid)):
+                return None
 
     async def _restart(self, restart: Restart) -> None:
         """Create the successor of a domain, in time. ChaosError, and then it is given up."""
@@ -376,7 +480,7 @@ class Guests:
             return
         try:
             again = await self.daemon.create_again(restart.config, uuid_module.UUID(uuid).bytes)
-        except ChaosError:
+        except Exception:
             self.restarts.drop(uuid)
             raise
         again.failures = restart.failures
@@ -387,10 +491,17 @@ class Guests:
         """Destroy a domain with its devices, and forget it. ChaosError."""
         guest = self.by_uuid.get(uuid)
         if guest is not None:
-            self.forget(guest, "destroyed")
+            self._let_go(guest)  # or Xen keeps what we map
+        try:
+            await self.daemon.in_thread(lambda host, names: _destroy(host, names, uuid))
+        except BaseException:
+            if guest is not None:
+                guest.wake("dead")
+            raise
+        if guest is not None:
+            self._tell_end(guest, "destroyed")
 
-        def work(host: Host, names: Registry) -> None:
-            if names.read(uuid) is not None:
-                destroy(host, names, find_domain(host, names, uuid))
 
-        await self.daemon.in_thread(work)
+def _destroy(host: Host, names: Registry, uuid: str) -> None:
+    if names.read(uuid) is not None:
+        destroy(host, names, find_domain(host, names, uuid))

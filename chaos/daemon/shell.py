@@ -7,6 +7,7 @@ record, one page of guest memory, one hypercall.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid as uuid_module
@@ -104,11 +105,16 @@ class Shell:
             self.record_fd = -1
 
     def write_record(self, text: str) -> None:
-        """Replace the record in place: one write, which a kill does not tear."""
-        data = text.encode()
-        size = len(data)
-        os.pwrite(self.record_fd, data.ljust(self.record_size), 0)
-        self.record_size = max(size, self.record_size)
+        """Replace the record in place: one write, which a kill does not tear.
+
+        Raises OSError if there is no room for all of it; a record that is no longer than before
+        can be written then.
+        """
+        data = text.encode().ljust(self.record_size)
+        written = os.pwrite(self.record_fd, data, 0)
+        self.record_size = max(written, self.record_size)
+        if written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @dataclass(slots=True)

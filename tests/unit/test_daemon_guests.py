@@ -1,0 +1,260 @@
+"""The guests that the daemon looks after, on a hypervisor of paper."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from paper_xen import Xen
+
+from chaos import afterlife
+from chaos.daemon import guests as module
+from chaos.daemon.guests import EVENTS_FREE, Guest, Guests
+from chaos.domconfig import DomainConfig
+from chaos.registry import RUNNING, Record, Registry
+from noxs.abi import STATE_READY
+from noxs.page import GUEST, GUEST_OFFSET
+from xenctypes.errors import CallFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+A = "00000000-0000-4000-8000-00000000000a"
+PATIENCE = 10.0
+BUSY = CallFailed("xen", errno.EBUSY)
+
+
+class Lab:
+    """Guests, and as much of a daemon as they need."""
+
+    def __init__(self, names: Registry) -> None:
+        self.xen = Xen()
+        self.host = self.xen.host
+        self.names = names
+        self.stopping = False
+        self.consoles = None
+        self.told: list[tuple[str, dict[str, Any], bool]] = []
+        self.lines: list[str] = []
+        self.again: list[str] = []
+        self.loop = asyncio.get_running_loop()
+        self.tasks: list[asyncio.Task[Any]] = []
+        daemon: Any = self
+        self.guests = Guests(daemon)
+
+    def emit(self, kind: str, **data: Any) -> None:
+        there = "uuid" in data and self.xen.of(data["uuid"]) is not None
+        self.told.append((kind, data, there))
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
+
+    def spawn(self, work: Any) -> None:
+        self.tasks.append(self.loop.create_task(work))
+
+    async def in_thread(self, function: Callable[[Any, Registry], Any]) -> Any:
+        return function(self.host, Registry(self.names.path))
+
+    def consoles_add(self, guest: Guest) -> None:
+        """Nobody listens."""
+
+    consoles_remove = write_ready = consoles_add
+
+    async def create_again(self, config: DomainConfig, uuid: bytes) -> Guest:
+        self.again.append(config.name)
+        assert self.xen.of(A) is None
+        record = Record(A, config.name, RUNNING, self.xen.create(A))
+        guest = Guest(record, config)
+        self.guests.add(guest)
+        return guest
+
+    def kinds(self) -> list[str]:
+        return [kind for kind, _, _ in self.told]
+
+    def record(self, **state: bool) -> Record:
+        """The record of a domain that runs."""
+        uuid, name = A, "web"
+        domid = self.xen.create(uuid, paused=False, **state)
+        config = DomainConfig(name=name, memory=4, on_crash="restart", on_poweroff="rename-restart")
+        record = Record(
+            uuid, name, RUNNING, domid, noxs=True, store_frame=7, store_port=1,
+            config=config.as_dict(),
+        )  # fmt: skip
+        self.names.reserve(record).close()
+        return record
+
+    def say_ready(self) -> None:
+        GUEST.pack_into(self.xen.page, GUEST_OFFSET, 0, 0, STATE_READY, 0, 0, 0, 0, b"", b"")
+
+    def adopted(self, record: Record) -> Guest:
+        guest = self.guests.adopt(record)
+        assert guest is not None
+        return guest
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., None]:
+    def go(test: Callable[[Lab], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with asyncio.timeout(PATIENCE):
+                await test(Lab(Registry(str(tmp_path / "run"))))
+
+        asyncio.run(main())
+
+    return go
+
+
+def test_a_guest_that_chatters_is_heard_less_and_less(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        guest = lab.adopted(lab.record())
+        heard = 0
+        while lab.xen.event(guest.port):
+            lab.guests._events()
+            heard += 1
+        assert heard == EVENTS_FREE + 1
+        assert "ready" not in lab.kinds()
+        waiter = lab.loop.create_future()
+        guest.waiters = [waiter]
+        lab.say_ready()
+        while not waiter.done():  # later, but heard
+            if lab.xen.event(guest.port):
+                lab.guests._events()
+            await next_timer(lab)
+        (ready,) = (data for kind, data, _ in lab.told if kind == "ready")
+        assert ready["uuid"] == A
+        assert not lab.xen.event(guest.port)
+        assert guest.port in lab.xen.masked  # it has said all that it can
+
+    run(test)
+
+
+async def next_timer(lab: Lab) -> None:
+    """Wait for the guest's channel to be unmasked: a timer behind that of the module."""
+    due = lab.loop.create_future()
+    lab.loop.call_later(module.EVENT_PAUSE, due.set_result, None)
+    await due
+
+
+def test_a_shell_s_channel_stays_open(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        port = lab.xen.bind_interdomain(9, 1)
+        assert lab.xen.event(port)
+        lab.guests._events()
+        assert lab.xen.event(port)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("reason", "failing"),
+    [(3, "domain_destroy"), (0, "domain_sethandle")],
+    ids=["restart", "rename"],
+)
+def test_a_restart_outlives_a_failure_of_the_end(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch, reason: int, failing: str
+) -> None:
+    delays = iter([0.0, 0.0])
+
+    async def test(lab: Lab) -> None:
+        record = lab.record(shutdown=True)
+        domain = lab.xen.domains[record.domid]
+        domain.shutdown_reason = reason
+        guest = lab.adopted(record)
+        guest.born -= 2 * afterlife.YOUNG
+
+        def delay(failures: int) -> float:
+            if failures and next(delays, None) is None:
+                lab.xen.failing.clear()
+            return 0.0
+
+        monkeypatch.setattr(afterlife, "delay", delay)
+        lab.xen.failing[failing] = BUSY
+        lab.guests._look_now()
+        lab.guests._look_now()  # it is dealt with once
+        await lab.tasks[0]
+        assert len(lab.tasks) == 1
+        assert lab.kinds().count("problem") == 3
+        assert lab.again == ["web"]
+        assert lab.guests.restarts.all() == []
+        if failing == "domain_destroy":
+            (there,) = (there for kind, _, there in lab.told if kind == "destroyed")
+            assert not there
+        else:
+            assert domain.uuid != lab.xen.domains[2].uuid
+            lab.guests._look_now()
+            assert len(lab.tasks) == 1  # the one that was set aside stays
+
+    run(test)
+
+
+def test_destroyed_is_told_when_it_is(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        guest = lab.adopted(lab.record())
+        assert lab.told[-1][:2] == ("adopted", {"name": "web", "domid": 1, "uuid": A})
+        lab.xen.failing["domain_destroy"] = BUSY
+        with pytest.raises(CallFailed):
+            await lab.guests.end(A)
+        assert "destroyed" not in lab.kinds()
+        lab.xen.failing.clear()
+        lab.guests.add(guest)
+        await lab.guests.end(A)
+        assert lab.told[-1] == ("destroyed", {"name": "web", "domid": 1, "uuid": A}, False)
+        assert lab.xen.mapped == []
+
+    run(test)
+
+
+def test_a_channel_that_another_command_has_is_asked_for_again(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(module, "RETRY_MAX", 0.001)
+
+    async def test(lab: Lab) -> None:
+        lab.xen.failing["bind_interdomain"] = BUSY
+        guest = lab.adopted(lab.record())
+        assert lab.xen.mapped == []
+        waiter = lab.loop.create_future()
+        guest.waiters = [waiter]
+        lab.say_ready()
+        lab.loop.call_later(0.005, lab.xen.failing.clear)
+        assert await waiter == "ready"
+        assert lab.guests.by_port == {guest.port: guest}
+        assert lab.xen.calls["bind_interdomain"] > 2
+
+    run(test)
+
+
+def test_what_cannot_be_adopted_is_said_once(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        record = lab.record()
+        record.config = {"memory": "much"}
+        with lab.names.entry(A) as entry:
+            entry.write(record)
+        await lab.guests.adopt_all()
+        assert lab.guests.lookup(A) is None
+        assert len(lab.lines) == 1
+        assert lab.lines[0].startswith("web is not looked after: ")
+
+    run(test)
+
+
+def test_who_died_is_looked_for_again_after_a_failure(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
+
+    async def test(lab: Lab) -> None:
+        lab.adopted(lab.record())
+        lab.xen.domains.clear()
+        lab.xen.failing["domain_list"] = BUSY
+        lab.guests._look_now()
+        assert A in lab.guests.by_uuid
+        lab.xen.failing.clear()
+        waiter = lab.loop.create_future()
+        lab.guests.by_uuid[A].waiters = [waiter]
+        assert await waiter == "dead"
+
+    run(test)
