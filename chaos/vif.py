@@ -52,6 +52,8 @@ XENMEM_GRANT_TABLE = 1  # XENMEM_resource_grant_table
 DOM0 = 0
 CONNECT_TIMEOUT = 30.0
 RESTART_TIMEOUT = 10.0  # for xendevd to come back
+FORWARD_TIMEOUT = 2.0  # a port that somebody shut stays shut
+BRIDGE_PORT_DISABLED = "0"  # BR_STATE_DISABLED of linux/if_bridge.h
 LOOK_EVERY = 1.0  # seconds between looks at what no watch tells of
 CLOSE_TIMEOUT = 30.0
 STATE_INITIALISING, STATE_CONNECTED, STATE_CLOSING, STATE_CLOSED = "1", "4", "5", "6"
@@ -281,6 +283,8 @@ def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> lis
         for _ in changes(CONNECT_TIMEOUT):
             waiting = {devid for devid in waiting if not _connected(bus, domid, devid)}
             if not waiting:
+                deadline = time.monotonic() + FORWARD_TIMEOUT
+                _await(deadline, lambda: all(_forwards(domid, vif.config) for vif in vifs))
                 return [vif._replace(mtu=_mtu(domid, vif.config)) for vif in vifs]
             if hotplug.running() or not _unplugged(bus, domid, waiting):
                 served = time.monotonic()
@@ -331,11 +335,27 @@ def _errors(domid: int) -> str:
     return f"/local/domain/{DOM0}/error/backend/vif/{domid}"
 
 
+def _forwards(domid: int, config: VifConfig) -> bool:
+    """Whether a plugged vif's bridge passes packets on to it.
+
+    The bridge opens the port when a worker of the kernel has noticed the carrier that netback
+    switched on (net/core/link_watch.c); what is sent before that is dropped.
+    """
+    try:
+        with open(f"{_link(domid, config)}/brport/state", encoding="ascii") as file:
+            return file.read().strip() != BRIDGE_PORT_DISABLED
+    except OSError:
+        return True  # no port of a Linux bridge
+
+
+def _link(domid: int, config: VifConfig) -> str:
+    return f"/sys/class/net/{config.vifname or f'vif{domid}.{config.devid}'}"
+
+
 def _mtu(domid: int, config: VifConfig) -> int:
     """The MTU of a plugged vif: the configured one, or what xendevd took from the bridge."""
-    name = config.vifname or f"vif{domid}.{config.devid}"
     try:
-        with open(f"/sys/class/net/{name}/mtu", encoding="ascii") as file:
+        with open(f"{_link(domid, config)}/mtu", encoding="ascii") as file:
             return int(file.read())
     except OSError:
         return config.mtu or MTU
