@@ -7,7 +7,8 @@ How many CPUs the host has is not known here, so "all" stays symbolic until ``re
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from chaos.xldoc import quote
 from xenctypes.errors import ConfigError
@@ -24,6 +25,7 @@ class CpuSet:
 
     cpus: tuple[int, ...]
     complement: bool = False
+    _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if list(self.cpus) != sorted(set(self.cpus)):
@@ -32,6 +34,11 @@ class CpuSet:
             raise ConfigError(f"CPU numbers end at {MAX_PCPUS - 1}", key="cpus")
         if not self.cpus and not self.complement:
             raise ConfigError("no CPU is left to run on", key="cpus")
+        object.__setattr__(self, "_hash", hash((self.cpus, self.complement)))
+
+    def __hash__(self) -> int:
+        """Once for all: a configuration may have a set for each of thousands of vCPUs."""
+        return self._hash
 
     @property
     def everything(self) -> bool:
@@ -56,10 +63,12 @@ class CpuSet:
         return ",".join(["all", *words] if self.complement else words)
 
 
+@lru_cache(64)
 def parse_cpus(text: str) -> CpuSet:
     """Read a CPU list; words count from left to right, so ``"^1,0-3"`` has CPU 1.
 
-    Raise ConfigError for a list that xl refuses, for NUMA nodes, and for an empty set.
+    The same text gives the same object. Raise ConfigError for a list that xl refuses, for NUMA
+    nodes, and for an empty set.
     """
     if len(text) > MAX_TEXT:
         raise ConfigError(f"a CPU list is longer than {MAX_TEXT} characters", key="cpus")

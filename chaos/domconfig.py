@@ -16,7 +16,7 @@ from noxs.abi import MAX_NAME as NAME_MAX
 from xenctypes.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from chaos.cpuspec import CpuSet
     from chaos.diskspec import DiskConfig
@@ -177,7 +177,7 @@ class DomainConfig:
             "maxmem": self.maxmem,
             "vcpus": self.vcpus,
             "maxvcpus": self.maxvcpus,
-            "cpus": [str(cpus) for cpus in self.affinity],
+            "cpus": _texts(self.affinity),
             "on_poweroff": self.on_poweroff,
             "on_reboot": self.on_reboot,
             "on_watchdog": self.on_watchdog,
@@ -194,6 +194,12 @@ class DomainConfig:
         """An error about a setting, at its place when that is known; for the caller to raise."""
         place = self.places.get(key)
         return ConfigError(cause, hint=hint, key=key, **(place._asdict() if place else {}))
+
+
+def _texts(sets: Sequence[CpuSet]) -> list[str]:
+    """Each as text, which is made once for all that are the same."""
+    texts = {each: str(each) for each in set(sets)}
+    return [texts[each] for each in sets]
 
 
 def check_name(name: str) -> None:

@@ -25,7 +25,7 @@ from chaos.daemon.command import (
     wants_client,
 )
 from chaos.daemon.rights import check_flavour
-from chaos.daemon.wanted import NotHere, want
+from chaos.daemon.wanted import LONG, NotHere, want
 from chaos.invocation import Invocation
 from xenctypes.errors import ConfigError, ProtocolError, UsageError
 
@@ -181,7 +181,7 @@ class Calls:
         return {"version": __version__, "protocol": frames.VERSION, "pid": os.getpid()}
 
     async def _create(self, connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
-        wanted = self._wanted(connection, params)
+        wanted = await self._wanted(connection, params)
         paused = _take(params, "paused", bool, default=False)
         delivery = await self.daemon.create(wanted, connection.peer, paused=paused)
         seconds = _number(params, "wait_ready")
@@ -191,7 +191,7 @@ class Calls:
         described["ready_ms"] = described["profile"]["ready_ms"]
         return described
 
-    def _wanted(self, connection: Connection, params: dict[str, Any]) -> Wanted:
+    async def _wanted(self, connection: Connection, params: dict[str, Any]) -> Wanted:
         overrides = _list(params, "overrides", str)
         path, text = params.get("path"), params.get("config")
         if (path is None) == (text is None):
@@ -201,7 +201,7 @@ class Calls:
             if not os.path.isabs(name):
                 raise UsageError("the path of a configuration is absolute here")
             try:
-                return self.daemon.reader.read(
+                return await self.daemon.read(
                     connection.peer, os.path.dirname(name), name, overrides
                 )
             except NotHere:
@@ -212,12 +212,18 @@ class Calls:
         if not isinstance(text, (bytes, str)):
             raise ProtocolError("the config is a text")
         directory = os.fsdecode(params.get("directory", "/"))
-        document = xlcfg.parse(text, "config", overrides)
-        parsed, warnings = config.from_document(document, directory=directory)
-        if parsed.metadata_file:
-            with borrowed(connection.peer):
-                parsed = config.with_metadata(parsed, regular=True)
-        return want(parsed, warnings)
+
+        def parse(*_: object) -> Wanted:
+            document = xlcfg.parse(text, "config", overrides)
+            parsed, warnings = config.from_document(document, directory=directory)
+            if parsed.metadata_file:
+                with borrowed(connection.peer):
+                    parsed = config.with_metadata(parsed, regular=True)
+            return want(parsed, warnings)
+
+        if len(text) + sum(map(len, overrides)) > LONG:
+            return await self.daemon.in_verb_thread(parse)
+        return parse()
 
     async def _wait(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
         guest = self.daemon.find(_take(params, "domain", str))

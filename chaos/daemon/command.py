@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from chaos import frames
 from chaos.cli import EXIT_INTERRUPTED, VERBS, describe_error, verb_parser
 from chaos.daemon.streams import Input, Output
-from chaos.daemon.wanted import NotHere
+from chaos.daemon.wanted import NotHere, TooLong
 from chaos.invocation import Invocation
 from xenctypes.errors import ChaosError
 
@@ -156,6 +156,8 @@ class Command:
             if wanted.warnings or not (self._writable(1) and self._writable(2)):
                 return False
             delivery = daemon.create_now(wanted, peer)
+        except TooLong:
+            return False
         except ChaosError as error:
             text = describe_error(error, verbose=False)
             if not self._writable(2) or len(text) > SMALL:

@@ -23,7 +23,7 @@ from chaos.daemon.guests import Guest, Guests
 from chaos.daemon.pool import Pool
 from chaos.daemon.rights import Peer
 from chaos.daemon.shell import DELIVERY_STEPS, PAUSED_STEPS, Delivery
-from chaos.daemon.wanted import Reader, Wanted, want
+from chaos.daemon.wanted import Reader, TooLong, Wanted, want
 from chaos.domains import check_free, reap
 from chaos.host import Host
 from chaos.registry import DAEMON_LOCK, RUNNING, Registry
@@ -31,7 +31,7 @@ from chaos.steps import perform
 from xenctypes.errors import ChaosError, PageError, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
     from chaos.daemon.settings import Settings
     from chaos.daemon.shell import Shell
@@ -205,6 +205,16 @@ class Daemon:
                 self.log(f"domains of other commands were not looked for: {error}")
 
     # Creating
+
+    async def read(self, peer: Peer, directory: str, path: str, overrides: Sequence[str]) -> Wanted:
+        """The configuration in a file, with overrides. ConfigError; NotHere."""
+        try:
+            return self.reader.read(peer, directory, path, overrides)
+        except TooLong as long:
+            later = long
+        wanted = await self.in_verb_thread(lambda *_: later.read())
+        later.keep(wanted)
+        return wanted if later.name is None else wanted.named(later.name)
 
     async def create(self, wanted: Wanted, peer: Peer = ROOT, *, paused: bool = False) -> Delivery:
         """A guest of the wanted configuration, from the pool or made now. ChaosError."""

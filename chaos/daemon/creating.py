@@ -61,7 +61,7 @@ async def _wanted(call: Invocation) -> list[Wanted]:
     wanted: list[Wanted] = []
     for member in members(args, overrides):
         if not wanted or member.overrides != overrides:
-            base = call.daemon.reader.read(call.peer, call.directory, path, member.overrides)
+            base = await call.daemon.read(call.peer, call.directory, path, member.overrides)
             await asyncio.sleep(0)  # others have their turn
         if not (args.quiet or wanted):
             for warning in base.warnings:

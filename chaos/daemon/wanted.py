@@ -25,19 +25,33 @@ from noxs.page import more_pages
 from xenctypes.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from chaos.image import Identity, OpenImage
     from chaos.shape import ImageKey
 
 CACHED_MAX = 256
 TEXT_MAX = 1 << 14
+LONG = 1 << 12
+"""Characters of a configuration with its overrides that are read on the event loop."""
+CPUS_MAX = 1 << 17
+"""Characters of all vCPUs' sets of CPUs, half of what a shell maker takes."""
 _NAME = re.compile(r"""\s*name\s*=\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*;?\s*""")
 _FIELDS = tuple(field.name for field in fields(DomainConfig))
 
 
 class NotHere(Exception):
     """The path means something only in the client's own process: it shall do this itself."""
+
+
+class TooLong(Exception):
+    """A configuration that takes long to read: not for the event loop. ``read`` reads it."""
+
+    def __init__(self, read: Callable[[], Wanted], keep: Callable[[Wanted], None]) -> None:
+        super().__init__()
+        self.read = read
+        self.keep = keep
+        self.name: str | None = None
 
 
 class Wanted(NamedTuple):
@@ -91,7 +105,10 @@ class Wanted(NamedTuple):
 def want(config: DomainConfig, warnings: Sequence[str] = ()) -> Wanted:
     """A checked configuration made ready. ConfigError for what cannot be created yet."""
     configuration.supported(config)
-    text = json.dumps(config.as_dict())
+    table = config.as_dict()
+    if sum(map(len, table["cpus"])) > CPUS_MAX:
+        raise config.error("the CPUs of so many vCPUs are too long a list", "cpus")
+    text = json.dumps(table)
     name = json.dumps(config.name)
     return Wanted(
         config,
@@ -113,7 +130,7 @@ class Reader:
         self._texts: OrderedDict[tuple[Peer, str], tuple[Identity, bytes]] = OrderedDict()
 
     def read(self, peer: Peer, directory: str, path: str, overrides: Sequence[str]) -> Wanted:
-        """The configuration in a file, with overrides. ConfigError; NotHere."""
+        """The configuration in a file, with overrides. ConfigError; NotHere; TooLong."""
         full = os.path.join(directory, path)
         if full.startswith(("/dev/", "/proc/")) or not os.path.isabs(full):
             raise NotHere  # in the latter case the client's directory has no path
@@ -122,8 +139,12 @@ class Reader:
         if overrides and (match := _NAME.fullmatch(overrides[-1])):
             name = match[1] if match[1] is not None else match[2]
             rest = rest[:-1]
-        with borrowed(peer):
-            found = self._find(peer, full, path, directory, rest)
+        try:
+            with borrowed(peer):
+                found = self._find(peer, full, path, directory, rest)
+        except TooLong as long:
+            long.name = name
+            raise
         return found if name is None else found.named(name)
 
     def _find(
@@ -143,14 +164,27 @@ class Reader:
             self._cache.move_to_end(key)
             return cached[1]
         text = self._text(peer, full, path, identity)
-        config, warnings = configuration.interpret(
-            text, path, overrides, directory=directory, regular=True
-        )
-        wanted = want(config, warnings)
-        if not config.metadata_file:  # that may change by itself
-            self._cache[key] = identity, wanted
-            if len(self._cache) > CACHED_MAX:
-                self._cache.popitem(last=False)
+
+        def parse() -> Wanted:
+            config, warnings = configuration.interpret(
+                text, path, overrides, directory=directory, regular=True
+            )
+            return want(config, warnings)
+
+        def read() -> Wanted:
+            with borrowed(peer):
+                return parse()
+
+        def keep(wanted: Wanted) -> None:
+            if not wanted.config.metadata_file:  # that may change by itself
+                self._cache[key] = identity, wanted
+                if len(self._cache) > CACHED_MAX:
+                    self._cache.popitem(last=False)
+
+        if len(text) + sum(map(len, overrides)) > LONG:
+            raise TooLong(read, keep)
+        wanted = parse()
+        keep(wanted)
         return wanted
 
     def _text(self, peer: Peer, full: str, path: str, identity: Identity) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import msgpack
 
 import xenctypes.errors
 from chaos.daemon.maker import MESSAGE_MAX, NICE
-from xenctypes.errors import ChaosError, ImageError, XenError
+from xenctypes.errors import ChaosError, ConfigError, ImageError, XenError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a maker that died is replaced, by how many died in a row."""
 MAKER = (sys.executable, "-P", "-m", "chaos.daemon.maker")
 KILL_PATIENCE = 5.0
+END_PATIENCE = 1.0
 PATIENCE = 120.0
 """Seconds for one request, after which a maker counts as hung."""
 
@@ -34,9 +36,9 @@ class MakerDied(XenError):
 
 
 class Job(NamedTuple):
-    """A request that waits for its maker."""
+    """A request that waits for its maker, packed."""
 
-    request: dict[str, Any]
+    request: bytes
     fds: Sequence[int]
     urgent: bool
     answer: asyncio.Future[dict[str, Any]]
@@ -55,6 +57,7 @@ class Worker:
         self.job: Job | None = None
         self.ready = False
         self._timer: asyncio.TimerHandle | None = None
+        self._pidfd = -1
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             ours.setsockopt(socket.SOL_SOCKET, option, 2 * MESSAGE_MAX)
@@ -89,12 +92,15 @@ class Worker:
 
         The descriptors stay the caller's, and must stay open until the answer is there.
         """
-        job = Job(request, fds, urgent, self._loop.create_future())
+        job = Job(msgpack.packb(request), fds, urgent, self._loop.create_future())
+        if len(job.request) > MESSAGE_MAX:
+            job.answer.set_exception(_too_long(job))
+            return job.answer
         if self._socket.fileno() < 0:
             job.answer.set_exception(MakerDied("a shell maker failed: it is gone"))
             return job.answer
         if urgent:
-            self.jobs.appendleft(job)
+            self.jobs.insert(sum(each.urgent for each in self.jobs), job)
             if self.job is not None and not self.job.urgent:
                 _set_priority(self.pid, 0)  # somebody waits behind it now
         else:
@@ -113,6 +119,10 @@ class Worker:
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
         if self._timer is not None:
             self._timer.cancel()
         with contextlib.suppress(ProcessLookupError):
@@ -125,8 +135,12 @@ class Worker:
         _set_priority(self.pid, 0 if job.urgent else NICE)
         self._timer = self._loop.call_later(PATIENCE, self._hung)
         try:
-            socket.send_fds(self._socket, [msgpack.packb(job.request)], job.fds)
+            socket.send_fds(self._socket, [job.request], job.fds)
         except OSError as error:
+            if error.errno == errno.EMSGSIZE:  # where net.core.wmem_max is small
+                self._answer(None, _too_long(job))
+                self._next()
+                return
             self._fail(f"cannot be asked: {error.strerror}")
 
     def _readable(self) -> None:
@@ -137,7 +151,7 @@ class Worker:
         except OSError:
             reply = b""
         if not reply:
-            self._fail(self._why())
+            self._await_end()
             return
         try:
             answer = msgpack.unpackb(reply)
@@ -170,10 +184,22 @@ class Worker:
     def _hung(self) -> None:
         self._fail(f"it gave no answer for {PATIENCE:.0f} s")
 
+    def _await_end(self) -> None:
+        """The channel is closed: the process is about to end, and how is worth a moment."""
+        self.ready = False
+        self._loop.remove_reader(self._socket.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(END_PATIENCE, self._ended_now)
+        self._pidfd = os.pidfd_open(self.pid)  # a zombie has one too
+        self._loop.add_reader(self._pidfd, self._ended_now)
+
+    def _ended_now(self) -> None:
+        self._fail(self._why())
+
     def _why(self) -> str:
-        try:
-            status = self.process.wait(1.0)
-        except subprocess.TimeoutExpired:
+        status = self.process.poll()
+        if status is None:
             return "it closed its channel"
         return f"it died of {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
 
@@ -194,6 +220,13 @@ class Worker:
                 )
                 job.answer.set_exception(kind(failure + why))
         self._ended(self)
+
+
+def _too_long(job: Job) -> ConfigError:
+    return ConfigError(
+        f"the configuration is too long for a shell maker: {len(job.request)} bytes",
+        hint="have fewer settings for single vCPUs",
+    )
 
 
 def _set_priority(pid: int, nice: int) -> None:

@@ -3,18 +3,23 @@
 import contextlib
 import json
 import os
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chaosd_peer import PATIENCE, Lab, holds, run
 
-from chaos import image
+from chaos import frames, image, xlcfg
+from chaos.config import interpret
 from chaos.configjson import from_dict
 from chaos.daemon import wanted as module
 from chaos.daemon.flavour import Source
 from chaos.daemon.rights import Peer
-from chaos.daemon.wanted import NotHere, Reader
+from chaos.daemon.wanted import NotHere, Reader, want
 from chaos.image import OpenImage
-from xenctypes.errors import ConfigError, ImageError
+from xenctypes.errors import ConfigError, ImageError, StateError
 
 ROOT = Peer(1, 0, 0, ())
 MINE = Peer(1, os.getuid(), os.getgid(), ())
@@ -140,3 +145,80 @@ def test_files_are_opened_with_the_client_s_rights(config: Path) -> None:
     assert os.stat(config).st_uid == 0
     with open(kernel, "rb") as file:  # our own rights are back
         assert file.read() == b"x"
+
+
+LIST = ", ".join(["1"] * 20000)
+
+
+@pytest.mark.parametrize("through", ["command", "path", "config"])
+def test_a_long_configuration_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str
+) -> None:
+    """It is read in a thread, once; here by one that reads it when told to."""
+    text = f'name="a"\nkernel="k.elf"\nmemory=8\nx=[{LIST}]\n'
+    (tmp_path / "long.cfg").write_text(text)
+    begun, go = threading.Event(), threading.Event()
+    parse = xlcfg.parse
+
+    def slowly(*args: Any) -> Any:
+        begun.set()
+        assert go.wait(PATIENCE)
+        return parse(*args)
+
+    monkeypatch.setattr(xlcfg, "parse", slowly)
+    null = os.open(os.devnull, os.O_RDWR)
+
+    async def story(lab: Lab) -> None:
+        # What follows takes a host, which is not there; its place is known.
+        monkeypatch.setattr(lab.daemon, "create", refuse)
+        with await lab.client() as client, await lab.client() as other:
+            fds = (null, null, null)
+            if through == "command":
+                await client.run(1, "create", "long.cfg", fds=fds, cwd=str(tmp_path))
+            elif through == "path":
+                await client.ask(1, "create", path=str(tmp_path / "long.cfg"))
+            else:
+                await client.ask(1, "create", config=text)
+            await holds(begun.is_set)
+            await other.ask(1, "version")
+            assert (await other.reply())[1] == frames.OK
+            go.set()
+            reply = await client.reply()
+            assert reply.value == 1 or reply.value["message"] == "no host"
+            if through != "config":
+                monkeypatch.setattr(xlcfg, "parse", None)
+                peer = next(iter(lab.server.connections)).peer
+                again = lab.daemon.reader.read(
+                    peer, str(tmp_path), "long.cfg" if through == "command" else
+                    str(tmp_path / "long.cfg"), ['name="b"'],
+                )  # fmt: skip
+                assert again.config.name == "b"
+
+    async def refuse(*_: Any, **__: Any) -> Any:
+        raise StateError("no host")
+
+    run(tmp_path, story)
+    os.close(null)
+
+
+def test_many_vcpus_with_the_same_cpus_cost_little(tmp_path: Path) -> None:
+    text = 'name="a"\nkernel="k"\nvcpus=8192\ncpus=[{}]\n'
+    cpus = ", ".join(['"0-1000"'] * 8192)
+    config, _ = interpret(text.format(cpus), "a.cfg", [], directory="/", regular=True)
+    first, *others = config.affinity
+    assert all(each is first for each in others)
+    wanted = want(config)
+    assert from_dict(json.loads(wanted.json)) == config
+    start = time.process_time()
+    for _ in range(10):
+        hash(wanted.shape)
+    assert time.process_time() - start < 2  # seconds: it hashed a thousand CPUs for each vCPU
+
+
+def test_many_vcpus_with_long_lists_of_cpus_are_refused() -> None:
+    text = 'name="a"\nkernel="k"\nvcpus=8192\ncpus="{}"\n'
+    every_second = ",".join(map(str, range(0, 500, 2)))
+    config, _ = interpret(text.format(every_second), "a.cfg", [], directory="/", regular=True)
+    with pytest.raises(ConfigError, match="too long a list") as raised:
+        want(config)
+    assert raised.value.line == 4
