@@ -226,7 +226,7 @@ class Calls:
         return parse()
 
     async def _wait(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
-        guest = self.daemon.find(_take(params, "domain", str))
+        guest = await self.daemon.find(_take(params, "domain", str))
         dead = _take(params, "dead", bool, default=False)
         timeout = _number(params, "timeout") if "timeout" in params else None
         words = guest.words()
@@ -239,12 +239,12 @@ class Calls:
         }
 
     async def _pause(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
-        guest = self.daemon.find(_take(params, "domain", str))
+        guest = await self.daemon.find(_take(params, "domain", str))
         await self._captured(params[""], ["--", guest.uuid])
         return {"name": guest.name, "domid": guest.domid, "uuid": guest.uuid}
 
     async def _rename(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
-        guest = self.daemon.find(_take(params, "domain", str))
+        guest = await self.daemon.find(_take(params, "domain", str))
         name = _take(params, "name", str)
         args = ["--", guest.uuid, name]
         await self._captured("rename", args)
@@ -260,12 +260,12 @@ class Calls:
     async def _logs(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
         from chaos.consolelog import ConsoleLog
 
-        guest = self.daemon.find(_take(params, "domain", str))
+        guest = await self.daemon.find(_take(params, "domain", str))
         path = f"{self.daemon.names.path}/domains/{guest.uuid}"
         return await self.daemon.in_thread(lambda _host, _names: ConsoleLog(path).read())
 
     async def _console(self, connection: Connection, ident: int, params: dict[str, Any]) -> Any:
-        guest = self.daemon.find(_take(params, "domain", str))
+        guest = await self.daemon.find(_take(params, "domain", str))
         assert self.daemon.consoles is not None
         attachment = self.daemon.consoles.attach(guest.uuid)
         connection.attached[ident] = attachment

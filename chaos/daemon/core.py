@@ -455,6 +455,6 @@ class Daemon:
         if self.consoles is not None:
             self.consoles.remove(guest.uuid)
 
-    def find(self, wanted: str) -> Guest:
+    async def find(self, wanted: str) -> Guest:
         """The guest of that name, domid or UUID. StateError."""
-        return self.guests.find(wanted)
+        return await self.guests.find(wanted)

@@ -321,14 +321,17 @@ class Guests:
                 return self.adopt(record)
         return None
 
-    def find(self, wanted: str) -> Guest:
+    async def find(self, wanted: str) -> Guest:
         """The guest of that name, domid or UUID. StateError."""
-        uuid = self.names.uuid_of(wanted)
-        if uuid is None:
-            uuid = find_domain(self.host, self.names, wanted).uuid
-        guest = self.lookup(uuid)
+        uuid = self.names.uuid_of(wanted) or wanted
+        guest = self.by_uuid.get(uuid) or (self.lookup(uuid) if uuid != wanted else None)
         if guest is None:
-            domain = find_domain(self.host, self.names, uuid)
+            # It is looked for on the bus, and what may be left of it is reaped: not on the loop.
+            domain = await self.daemon.in_verb_thread(
+                lambda host, names: find_domain(host, names, wanted)
+            )
+            guest = self.lookup(domain.uuid)
+        if guest is None:
             raise StateError(
                 f'domain "{wanted}" was not made by chaos'
                 if domain.record is None

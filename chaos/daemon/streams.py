@@ -142,7 +142,7 @@ class Output(io.TextIOBase):
     that. Raises the OSError that writing met, and ENOBUFS where too much waits to be read.
     """
 
-    _lock = threading.Lock()
+    _lock = threading.RLock()  # the collector may close what was forgotten
     _all = 0
 
     def __init__(self, fd: int) -> None:

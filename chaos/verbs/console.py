@@ -40,7 +40,7 @@ async def serve(call: Invocation) -> int:
     from chaos.daemon.attach import attach
     from chaos.daemon.streams import Outlet
 
-    guest = call.daemon.find(call.args.domain)
+    guest = await call.daemon.find(call.args.domain)
     hub = call.daemon.consoles
     if guest.uuid in hub:
         await attach(call, hub.attach(guest.uuid))

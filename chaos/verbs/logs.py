@@ -49,7 +49,7 @@ def configure(parser: ArgumentParser, name: str) -> None:
 
 def run(call: Invocation) -> int:
     """Show the log; with -f, what comes as well."""
-    record = _record(call)
+    record = _recorded(call) or owned(call.host, call.names, call.args.domain)[1]
     printer = Printer(call, record)
 
     def show(data: bytes) -> None:
@@ -70,7 +70,11 @@ async def serve(call: Invocation) -> int:
     """The same in the daemon."""
     from chaos.daemon.streams import Outlet
 
-    record = _record(call)
+    record = _recorded(call)
+    if record is None:
+        record = call.names.read((await call.daemon.find(call.args.domain)).uuid)
+    if record is None:
+        raise StateError(f'domain "{call.args.domain}" is gone')
     printer = Printer(call, record)
     call.stdout.flush()
     with Outlet(call.stdout.fileno()) as out:
@@ -174,19 +178,13 @@ def _alive(call: Invocation, record: Record) -> bool:
     return info is not None and str(uuid_module.UUID(bytes=info.uuid)) == record.uuid
 
 
-def _record(call: Invocation) -> Record:
-    """The record of the domain that is asked for, be it dead: nothing is reaped here."""
+def _recorded(call: Invocation) -> Record | None:
+    """The record of the domain that is asked for by name or UUID, be it dead: none is reaped."""
     wanted = call.args.domain
-    if not (wanted.isascii() and wanted.isdigit()):
-        uuid = call.names.uuid_of(wanted) or _as_uuid(wanted)
-        record = call.names.read(uuid) if uuid else None
-        if record is not None:
-            return record
-    if call.daemon is not None:
-        record = call.names.read(call.daemon.find(wanted).uuid)
-        if record is not None:
-            return record
-    return owned(call.host, call.names, wanted)[1]
+    if wanted.isascii() and wanted.isdigit():
+        return None
+    uuid = call.names.uuid_of(wanted) or _as_uuid(wanted)
+    return call.names.read(uuid) if uuid else None
 
 
 def _log(call: Invocation, record: Record) -> ConsoleLog:

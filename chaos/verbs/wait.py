@@ -32,7 +32,7 @@ def configure(parser: ArgumentParser, name: str) -> None:
 async def serve(call: Invocation) -> int:
     """The same in the daemon, which hears of what is waited for."""
     args = call.args
-    guest = call.daemon.find(args.domain)
+    guest = await call.daemon.find(args.domain)
     if not args.dead and not guest.noxs:
         raise never_ready(guest.name)
     outcome = await call.daemon.wait(guest.uuid, args.timeout, dead=args.dead)

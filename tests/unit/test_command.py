@@ -8,17 +8,18 @@ import pty
 import select
 import termios
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from chaosd_peer import PATIENCE, Lab, holds, run
 
 from chaos import frames
-from chaos.daemon import core, streams
+from chaos.daemon import core, guests, streams
 from chaos.daemon.core import WAIT_THREADS
 from chaos.daemon.streams import Output
 from chaos.verbs import destroy, info, shutdown
 from chaos.verbs import list as lister
+from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,6 +171,39 @@ def test_whoever_waits_for_guests_holds_up_nobody_else(
             await lab.server.close()  # and so does the daemon's end
             await lab.daemon.end()
         assert not lab.daemon.stuck
+
+    run(tmp_path, story)
+
+
+def test_to_look_for_an_unknown_domain_holds_up_nobody(
+    tmp_path: Path, null: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records are read for it, and what is left of domains is reaped."""
+    begun, go = threading.Semaphore(0), threading.Event()
+
+    def find(_host: Any, _names: Any, wanted: str) -> Any:
+        begun.release()
+        assert go.wait(PATIENCE)
+        raise StateError(f'no domain "{wanted}"')
+
+    monkeypatch.setattr(guests, "find_domain", find)
+    methods = ("wait", "pause", "logs", "console.attach", "rename")
+    verbs = ("wait", "console", "logs")
+
+    async def story(lab: Lab) -> None:
+        with await lab.client() as client, await lab.client() as other:
+            for ident, method in enumerate(methods, 1):
+                await client.ask(ident, method, domain="nosuch", name="x")
+            for ident, verb in enumerate(verbs, 11):
+                await client.run(ident, verb, "nosuch", fds=(null, null, null))
+            for _ in range(len(methods) + len(verbs)):
+                assert await asyncio.to_thread(begun.acquire, timeout=PATIENCE)
+            await other.ask(1, "version")
+            assert (await other.reply())[1] == frames.OK
+            go.set()
+            for _ in range(len(methods) + len(verbs)):
+                reply = await client.reply()
+                assert reply.value == 1 or reply.value["message"] == 'no domain "nosuch"'
 
     run(tmp_path, story)
 

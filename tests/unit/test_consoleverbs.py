@@ -39,7 +39,7 @@ class Client:
         self.fds = [self.output, write, read, self.keyboard]
         names = Registry(str(lab.path / "run"))
 
-        def find(wanted: str) -> Any:
+        async def find(wanted: str) -> Any:
             if wanted not in {"web", UUID, "1"}:
                 raise StateError(f'no domain "{wanted}"')
             return SimpleNamespace(uuid=UUID, name="web", domid=1)
