@@ -497,6 +497,23 @@ def test_commands_through_the_daemon(nothing_left: None) -> None:
         assert [d["name"] for d in chaos.call("list")] == ["Domain-0"]
 
 
+def test_a_batch_under_way_is_taken_back_when_the_daemon_ends(nothing_left: None) -> None:
+    with running(NONE) as daemon:
+        with Chaos() as chaos:
+            events = chaos.submit("events")
+            batch = subprocess.Popen(
+                ["chaos", "create", "-q", "examples/hello.cfg", "--count=20", "--name=b-{n}"],
+                cwd="/src", stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            assert "created" in (event["event"] for event in events.progress)
+            daemon.stop()
+        assert batch.wait(60) != 0
+        assert "did not end" not in LOG.read_text()
+        daemon.start()
+        with Chaos() as chaos:
+            assert [domain["name"] for domain in chaos.call("list")] == ["Domain-0"]
+
+
 def fds_of(pid: int) -> bool:
     """Whether a client has connected."""
     links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]

@@ -210,9 +210,9 @@ def test_many_vcpus_with_the_same_cpus_cost_little(tmp_path: Path) -> None:
     wanted = want(config)
     assert from_dict(json.loads(wanted.json)) == config
     start = time.process_time()
-    for _ in range(10):
+    for _ in range(300):
         hash(wanted.shape)
-    assert time.process_time() - start < 2  # seconds: it hashed a thousand CPUs for each vCPU
+    assert time.process_time() - start < 3  # seconds: it hashed a thousand CPUs for each vCPU
 
 
 def test_many_vcpus_with_long_lists_of_cpus_are_refused() -> None:
