@@ -39,9 +39,10 @@ class ConsoleLog:
         self._size = -1  # not looked at yet
         self._column = 0  # bytes since the last line end; above LINE_MAX: the line was cut
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes, limit: int = LOG_MAX) -> None:
         """Keep ``data``; of a line over LINE_MAX bytes the rest is dropped, with a mark.
 
+        ``limit`` is how many bytes each of the two files may have, from here on.
         Raises OSError: FileNotFoundError when the domain's record is gone, ENOSPC and the like
         when it cannot be kept.
         """
@@ -51,10 +52,10 @@ class ConsoleLog:
         try:
             kept = self._capped(data)
             while kept:
-                if self._size >= LOG_MAX:
+                if self._size >= limit:
                     os.rename(f"{self._directory}/{LOG}", f"{self._directory}/{OLD_LOG}")
                     self._size = 0
-                count = self._write(kept[: LOG_MAX - self._size])
+                count = self._write(kept[: limit - self._size])
                 self._size += count
                 kept = kept[count:]
         except OSError:

@@ -25,7 +25,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from chaos.console import IN_SIZE, ConsoleRing, attached_elsewhere, bind_console
-from chaos.consolelog import HISTORY_MAX, ConsoleLog
+from chaos.consolelog import HISTORY_MAX, LOG_MAX, ConsoleLog
 from chaos.daemon.attachment import Attachment
 from xenctypes.errors import CallFailed, StateError
 from xenctypes.evtchn import Evtchn
@@ -43,6 +43,8 @@ TURN_VISITS = 16
 SHARE = 0.25  # of a processor, for all consoles together
 REST_MAX = 0.05  # seconds
 EVENTS_MAX = 64  # taken at once
+LOGS_TOTAL = 64 << 20  # bytes for the logs of all guests that go on writing
+LOG_MIN = 4096  # of each of a log's two files, however many guests there are
 RETRY_SECONDS = 1.0  # until a console that another process holds is asked for again
 
 
@@ -301,7 +303,7 @@ class ConsoleHub:
             return 0
         self._notify(guest)  # it has room
         try:
-            guest.log.append(data)
+            guest.log.append(data, self._log_max())
             guest.deaf = False
         except FileNotFoundError:
             pass  # its record is gone: somebody destroyed it, and will tell us
@@ -312,6 +314,11 @@ class ConsoleHub:
         for attachment in guest.attachments:
             attachment.feed(data)
         return len(data)
+
+    def _log_max(self) -> int:
+        """What each of a log's two files may have: less where many share the memory of /run."""
+        share = LOGS_TOTAL // (2 * max(1, len(self._guests)))
+        return max(LOG_MIN, min(LOG_MAX, share))
 
     def _notify(self, guest: _Guest) -> None:
         if guest.port:

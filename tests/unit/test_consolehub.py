@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from chaos.console import IN_SIZE, INDEXES_AT, OUT_SIZE
 from chaos.consolelog import ConsoleLog
+from chaos.daemon import consoles
 from chaos.daemon.attachment import BACKLOG_MAX, Attachment
 from chaos.daemon.consoles import BURST, RATE
 from xenctypes.errors import StateError
@@ -45,6 +46,26 @@ def test_what_nobody_watches_is_logged(tmp_path: Path) -> None:
         assert lab.channels.notified
 
     assert not run(tmp_path, story).reports
+
+
+def test_many_logs_share_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consoles, "LOGS_TOTAL", 40_000)
+
+    async def story(lab: Lab) -> None:
+        web = lab.guest("web", 1)
+        for size in (20_000, 5_000):  # alone, and one of four
+            for number in range(30):
+                text = b"%d%03d\n" % (size, number)
+                web.say(text * 200)
+                await web.logged(text)
+            files = [path.stat().st_size for path in (tmp_path / "web").iterdir()]
+            assert len(files) == 2
+            assert size - 2048 < max(files) <= size
+            for domid in (2, 3, 4):
+                if size == 20_000:
+                    lab.guest(f"guest {domid}", domid)
+
+    run(tmp_path, story)
 
 
 def test_what_was_said_before_is_taken_too(tmp_path: Path) -> None:
