@@ -311,7 +311,7 @@ class Guests:
     def lookup(self, uuid: str) -> Guest | None:
         """The guest of a UUID, adopted if it is not known yet."""
         guest = self.by_uuid.get(uuid)
-        if guest is not None:
+        if guest is not None or uuid in self._ending:  # in the latter case nobody shall hold it
             return guest
         with contextlib.suppress(ChaosError):
             record = self.names.read(uuid)
