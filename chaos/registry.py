@@ -372,6 +372,8 @@ class Registry:
 
     def _drop_if_stale(self, path: str, owner: str) -> bool:
         """Drop the link of a domain that was killed half made; whether that was so."""
+        if os.path.exists(f"{self.path}/domains/{owner}"):
+            return False  # the commonest case, which waits for nobody's lock
         with self.locked():
             stale = not os.path.exists(f"{self.path}/domains/{owner}")
             if stale:

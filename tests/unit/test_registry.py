@@ -42,6 +42,17 @@ def test_a_taken_name_or_uuid_is_refused_and_leaves_nothing(names: Registry) -> 
     assert os.listdir(f"{names.path}/domains") == [A]
 
 
+def test_a_name_that_is_taken_waits_for_no_lock(names: Registry) -> None:
+    """Its holder may be waiting for netback, and chaosd's loop asks."""
+    names.reserve(Record(A, "web")).close()
+    other = Registry(names.path)
+    with ThreadPoolExecutor(1) as threads:
+        with other.locked():
+            asked = threads.submit(names.reserve, Record(B, "web"))
+            error = asked.exception(30)
+        assert "exists already" in str(error)
+
+
 def test_rename_frees_the_old_name(names: Registry) -> None:
     record = Record(A, "old")
     with names.reserve(record) as entry:
