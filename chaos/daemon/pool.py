@@ -84,6 +84,7 @@ class Pool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._counter = 0
+        self._seeking = 0
         self._problems: dict[str, str] = {}
         self._changes: list[asyncio.Future[None]] = []
 
@@ -344,10 +345,16 @@ class Pool:
         self, config: DomainConfig, source: Source, opened: Sequence[OpenImage], *, room: int
     ) -> Shell:
         """A warm shell made for one request, memory found for it if the pool has any."""
-        await self._find_memory(config.memory)
-        return await self._finish(
-            self.make(config, opened, source.key_of(opened), room=room, urgent=True)
-        )
+        short = self._free_mib() < config.memory + OVERHEAD_MIB
+        self._seeking += short  # what is given back now is not for the refill
+        try:
+            await self._find_memory(config.memory)
+            return await self._finish(
+                self.make(config, opened, source.key_of(opened), room=room, urgent=True)
+            )
+        finally:
+            self._seeking -= short
+            self._wake.set()
 
     async def load(
         self, shell: Shell, config: DomainConfig, source: Source, opened: Sequence[OpenImage]
@@ -485,7 +492,7 @@ class Pool:
             if wait > 0 and not flavour.urgent:
                 self._loop.call_later(wait, self._wake.set)
                 break
-            if not self._may_grow(flavour):
+            if self._seeking or not self._may_grow(flavour):
                 break
             flavour.making += 1
             self.spawn(self._fill(flavour))
@@ -561,17 +568,20 @@ class Pool:
     async def _find_memory(self, mib: int) -> None:
         """Give shells back until a domain of that size fits, if all of them are enough for that."""
         held = sum(
-            len(flavour.shells) * (flavour.config.memory + OVERHEAD_MIB)
+            (len(flavour.shells) + flavour.making) * (flavour.config.memory + OVERHEAD_MIB)
             for flavour in self.flavours.values()
         )
         if self._free_mib() + held < mib + OVERHEAD_MIB:
             return
         while self._free_mib() < mib + OVERHEAD_MIB:
             shell = next(self._dispensable(), None)
-            if shell is None:
+            if shell is not None:
+                self._take_off(shell)
+                await self.discard(shell)
+            elif any(flavour.making for flavour in self.flavours.values()):
+                await self.change()
+            else:
                 return
-            self._take_off(shell)
-            await self.discard(shell)
 
     def _dispensable(self) -> Iterator[Shell]:
         """Shells, those that are missed least first."""
