@@ -11,6 +11,7 @@ two processors. What they print is shown part by part.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -73,12 +74,22 @@ def main(argv: list[str] | None = None) -> int:
         say(str(error))
         return error.exit_code
     parts = list(_parts(arguments))
+    take_children_along()
     results = _Runner(parts).run(min(arguments.jobs or _lanes(), len(parts)))
     print("\n" + "=" * 24 + " summary " + "=" * 24)
     for result in results:
         verdict = "passed" if result.passed else f"FAILED (status {result.status})"
         print(f"{result.part.name:<28} {verdict}, {result.seconds:.0f} s  {result.closing}")
     return 0 if results and all(result.passed for result in results) else 1
+
+
+def take_children_along() -> None:
+    """Have SIGTERM end what the parts started too: a lab is not to outlive who wanted it."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _parser() -> argparse.ArgumentParser:
