@@ -25,9 +25,9 @@ NOXSD_SOCKET = "/run/noxs/socket"
 CREDENTIALS = struct.Struct("iII")
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
     """Wait until ``condition`` holds; its value."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, what
         os.sched_yield()

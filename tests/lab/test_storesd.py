@@ -45,6 +45,8 @@ HELLO = "examples/hello.cfg"
 BRIDGE = "storesbr0"
 HOST_ADDRESS, GUEST_ADDRESS = "10.99.7.1", "10.99.7.2"
 MAC = "00:16:3e:99:07:02"
+BOOT_SECONDS = 240.0
+"""For a stock kernel whose page tables and processor are both emulated."""
 STORE_STEPS = {"bind channel", "write page", "announce"}
 """Steps of a create that are not for a guest with a store of its own."""
 
@@ -247,6 +249,7 @@ def test_linux_gets_its_devices_and_is_shut_down(
                 wait_for(
                     lambda device=device: bus.get(f"{front}/{device}/state") == "4",
                     f"{device} is not connected",
+                    BOOT_SECONDS,
                 )
             end(storesd_pid(), signal.SIGKILL)
             start("storesd")
@@ -256,14 +259,17 @@ def test_linux_gets_its_devices_and_is_shut_down(
             wait_for(
                 lambda: subprocess.run(ping, check=False, capture_output=True).returncode == 0,
                 "it does not answer",
+                BOOT_SECONDS,
             )
-            wait_for(lambda: b"disk-done" in log.read_bytes(), "the disk is not written")
+            wait_for(
+                lambda: b"disk-done" in log.read_bytes(), "the disk is not written", BOOT_SECONDS
+            )
             assert bus.read(f"/local/domain/0/backend/vif/{domid}/0/state") == "4"
             assert not bus.exists(f"{front}/vif/0/script")
             assert stores.read(f"/local/domain/0/backend/vbd/{domid}/51712/sectors") == "2049"
             assert not stores.exists(f"/local/domain/0/backend/vbd/{domid}/51712/params")
             stores.write(f"/local/domain/{domid}/control/shutdown", "poweroff")
-            wait_for(lambda: host.ctrl.domain_info(domid).shutdown, "it does not end")
+            wait_for(lambda: host.ctrl.domain_info(domid).shutdown, "it does not end", BOOT_SECONDS)
         finally:
             os.close(silent)
             os.close(keyboard)
