@@ -214,7 +214,6 @@ def loop_device(path: Path) -> Iterator[str]:
         subprocess.run(["losetup", "-d", device], check=True)
 
 
-@pytest.mark.every_release
 @pytest.mark.parametrize("kind", ["pv", "pvh"])
 def test_linux_gets_its_devices_and_is_shut_down(
     kind: str, stores: GuestStores, tmp_path: Path
