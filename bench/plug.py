@@ -116,7 +116,7 @@ def burst(count: int) -> dict[str, Any]:
         for domid in domids:
             with bus.transaction() as nodes:
                 nodes.write_many(_nodes(domid, back(domid), front(domid)))
-        devices = [Path(f"/sys/bus/xen-backend/devices/vif-{domid}-0/net") for domid in domids]
+        devices = [Path(f"/sys/devices/vif-{domid}-0/net") for domid in domids]
         while not all(map(Path.exists, devices)):
             sleep(0.1)
         probed, before = monotonic(), cpu_seconds(xendevd)

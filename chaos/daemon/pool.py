@@ -136,10 +136,7 @@ class Pool:
 
     def _hire(self) -> None:
         if not self.closing:
-            self.workers.append(Worker(self.names.path, self._worker_ended, self._worker_idle))
-
-    def _worker_idle(self) -> None:
-        self._wake.set()
+            self.workers.append(Worker(self.names.path, self._worker_ended, self._wake.set))
 
     def _worker_ended(self, worker: Worker) -> None:
         """A maker died: what it held goes, and another takes its place, later and later."""

@@ -108,21 +108,6 @@ def traces() -> Iterator[Traces]:
         found.gone()
 
 
-@pytest.fixture
-def pinged() -> Iterator[list[str]]:
-    """The guest "stays" is pinged all the while, once it is there; what ping said at its end."""
-    said: list[str] = []
-    process: list[subprocess.Popen[str]] = []
-
-    def begin() -> None:
-        command = ["ping", "-i", "0.1", "-q", "10.77.0.60"]
-        process.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-
-    said.append("")
-    yield said
-    del begin
-
-
 def plan(step: str, victim: int = 0) -> None:
     """Have ``victim``, or the process that comes by, killed once."""
     new = PLAN.with_suffix(".new")

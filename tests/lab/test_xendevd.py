@@ -112,7 +112,7 @@ class Xendevd:
         )
         self.bus.rm_many(paths)
         self.made = [path for path in self.made if path not in paths]
-        devices = [Path(f"/sys/bus/xen-backend/devices/{device(path)}") for path in paths]
+        devices = [Path(f"/sys/devices/{device(path)}") for path in paths]
         wait(lambda: not any(map(Path.exists, devices)), "netback keeps its device")
         for domid in {path.rsplit("/", 2)[1] for path in paths}:
             for parent in (f"/local/domain/{domid}", f"/local/domain/0/backend/vif/{domid}"):

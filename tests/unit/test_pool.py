@@ -185,7 +185,7 @@ def test_makers_that_die_in_each_job_are_replaced_later_and_later(
         for _ in range(4):
             if not pool.workers:
                 pool._hire()  # instead of waiting so long
-            pool._worker_idle()  # as a new one that is ready does
+            pool._wake.set()  # as a new one that is ready does
             with pytest.raises(MakerDied):
                 await pool.make(config(), [], None)
         delays = [data["replaced_in_s"] for kind, data in lab.told if kind == "maker died"]
