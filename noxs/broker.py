@@ -126,6 +126,10 @@ class Broker(Service):
         extra = {"boot": self.boot, "next_ident": self.next_ident, "xenbus": kernel}
         return snapshot.dump(self.store, extra)
 
+    def described(self) -> str:
+        """What is served, for the log."""
+        return f"{len(self.store.tree.nodes)} nodes"
+
     def run(self) -> None:
         """Serve until ``stop``."""
         self.listen()

@@ -3,6 +3,8 @@
 import fcntl
 import os
 
+from xenctypes.errors import BusError
+
 
 def held(path: str) -> bool:
     """Whether some process holds an flock on the file; False if there is no such file."""
@@ -17,3 +19,16 @@ def held(path: str) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def take(path: str, name: str) -> int:
+    """The lock of a daemon, held for life by the descriptor returned; it is never closed.
+
+    ``name`` is the daemon's, for the BusError that is raised if another one holds the lock.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BusError(f"another {name} is running ({path} is locked)") from error
+    return fd

@@ -8,20 +8,20 @@ entered by all, its mode is 0600 (0660 with ``--group``), and the peer's credent
 from __future__ import annotations
 
 import fcntl
-import gc
 import mmap
 import os
 import sys
 
-# The signal and socket modules, written in Python, take 7 and 10 ms to import.
-from _signal import SIGINT, SIGTERM, signal  # type: ignore[import-not-found]  # no stub has it
-from _socket import AF_UNIX, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, socket
+# The socket module, written in Python, takes 10 ms to import.
+from _socket import AF_UNIX, SOCK_STREAM, SOL_SOCKET, socket
 
+from noxs import lockfile
 from noxs.broker import Broker
+from noxs.daemon import boot_id, listen, run
 from noxs.journal import Journal
 from noxs.ring import PAGE_SIZE, Ring
 from noxs.xenbus import XenBus
-from xenctypes.errors import BusError, ChaosError, PermissionDenied, UsageError
+from xenctypes.errors import BusError, PermissionDenied, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,36 +161,6 @@ def open_page() -> tuple[memoryview, int]:
     return memoryview(page), port
 
 
-def listen(path: str, group: int) -> socket:
-    """The listening socket, in an existing directory, with its access restricted."""
-    listener = socket(AF_UNIX, SOCK_STREAM)
-    # Bound under another name first, so that no client meets a socket that nobody listens on.
-    new = f"{path}.{os.getpid()}"
-    mask = os.umask(0o177)
-    try:
-        listener.bind(new)
-    except OSError as error:
-        raise BusError(f"{path}: {error.strerror}") from error
-    finally:
-        os.umask(mask)
-    if group >= 0:
-        os.chown(new, -1, group)
-        os.chmod(new, 0o660)
-    listener.listen(128)
-    os.rename(new, path)
-    return listener
-
-
-def lock(path: str, name: str = "noxsd") -> int:
-    """A lock that this process holds for life, so that two daemons do not share one journal."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BusError(f"another {name} is running ({path} is locked)") from error
-    return fd
-
-
 def user_ids(name: str) -> tuple[int, int]:
     """A user's uid and gid; ``nobody``'s if the default user does not exist."""
     import pwd
@@ -258,19 +228,6 @@ def admission(group: int) -> Callable[[socket, int, int], bool]:
     return admit
 
 
-def notify_manager(state: str) -> None:
-    """Tell systemd, if it asked (sd_notify(3))."""
-    address = os.environ.pop("NOTIFY_SOCKET", "")
-    if address:
-        manager = socket(AF_UNIX, SOCK_DGRAM)
-        try:
-            manager.sendto(state.encode(), address.replace("@", "\0", 1))
-        except OSError as error:
-            log(f"NOTIFY_SOCKET: {error}")
-        finally:
-            manager.close()
-
-
 def start(options: Options) -> Broker:
     """Everything before the first request, as root and then as the user."""
     root = os.geteuid() == 0
@@ -278,7 +235,7 @@ def start(options: Options) -> Broker:
     admit = admission(group)
     directory = os.path.dirname(options.socket) or "."
     os.makedirs(directory, mode=0o755, exist_ok=True)
-    lock(options.socket + ".lock")
+    lockfile.take(options.socket + ".lock", "noxsd")
     page = None
     if not options.socket_only:
         refuse_beside_xenstored()
@@ -288,11 +245,9 @@ def start(options: Options) -> Broker:
     drop = root and options.user
     uid, gid = user_ids(options.user) if drop else (os.geteuid(), os.getegid())
     journal = state_directory(options.state, uid, gid)
-    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-        boot = file.read().strip().decode()
     if drop:
         drop_privileges(uid, gid)
-    broker = Broker(listener, journal=journal, boot=boot, admit=admit, log=log)
+    broker = Broker(listener, journal=journal, boot=boot_id(), admit=admit, log=log)
     if page is not None:
         broker.xenbus = XenBus(Ring(page), channel, broker.store)
     broker.restore()
@@ -301,22 +256,8 @@ def start(options: Options) -> Broker:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon; its exit status."""
-    try:
-        broker = start(parse(sys.argv[1:] if argv is None else argv))
-    except ChaosError as error:
-        log(str(error))
-        return error.exit_code
-    except OSError as error:
-        log(f"{error.filename or 'start'}: {error.strerror}")
-        return 1
-    for number in (SIGTERM, SIGINT):
-        signal(number, lambda _number, _frame: broker.stop())
-    # Serving makes no reference cycles, and a collection takes longer the more nodes there are.
-    gc.disable()
-    notify_manager("READY=1")
-    log(f"serving {len(broker.store.tree.nodes)} nodes")
-    broker.run()
-    return 0
+    arguments = sys.argv[1:] if argv is None else argv
+    return run(lambda: start(parse(arguments)), log)
 
 
 if __name__ == "__main__":

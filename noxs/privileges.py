@@ -1,8 +1,7 @@
-"""Giving up what is not needed, and telling the service manager how things stand."""
+"""Giving up what is not needed."""
 
 import ctypes
 import os
-import socket
 from errno import EINVAL
 
 # linux/capability.h
@@ -43,17 +42,3 @@ def keep_only(*capabilities: int) -> None:
     # struct __user_cap_data_struct[2]: effective, permitted, inheritable
     data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
     call("capset", ctypes.byref(header), ctypes.byref(data))
-
-
-def notify(state: str) -> None:
-    """Tell systemd, if it asked (sd_notify(3)): READY=1, STOPPING=1, STATUS=..."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        try:
-            channel.sendto(state.encode(), address)
-        except OSError:
-            return  # it is gone; nobody else would want to know

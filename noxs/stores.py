@@ -61,6 +61,10 @@ class Stores(GuestLoop):
         for directory in (b"/local/domain", b"/local/domain/0", b"/vm"):
             self.hall.tree.mkdir(self.keeper, None, directory)
 
+    def described(self) -> str:
+        """What is served, for the log."""
+        return f"{len(self.guests)} guests"
+
     def connected(self, client: Client) -> None:
         """See Service."""
         self.legs[client] = {}

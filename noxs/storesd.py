@@ -8,15 +8,13 @@ has no way to map anything that a guest has not granted to Dom0.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-from _signal import SIGINT, SIGTERM, signal  # type: ignore[import-not-found]  # no stub has it
 
+from noxs import lockfile
 from noxs.bridge import Bridge
-from noxs.noxsd import listen, lock, notify_manager
+from noxs.daemon import boot_id, listen, run
 from noxs.stores import Stores
-from xenctypes.errors import ChaosError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -129,19 +127,17 @@ def start(options: Options) -> Stores:
     from noxs.privileges import keep_only
 
     os.makedirs(os.path.dirname(options.socket) or ".", mode=0o755, exist_ok=True)
-    lock(options.socket + ".lock", "storesd")
+    lockfile.take(options.socket + ".lock", "storesd")
     # Whose journals are whose is asked once, by a handle that is closed again.
     alive = living()
     rings = Rings()
     if options.state:
         os.makedirs(options.state, mode=0o700, exist_ok=True)
-    listener = listen(options.socket, -1)
-    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-        boot = file.read().strip().decode()
+    listener = listen(options.socket)
     if os.geteuid() == 0:
         keep_only()
     bridge = Bridge(lambda: Bus.connect(options.bus or None), log)
-    stores = Stores(listener, rings, bridge, state=options.state, boot=boot, log=log)
+    stores = Stores(listener, rings, bridge, state=options.state, boot=boot_id(), log=log)
     stores.restore(alive.get)
     bridge.start()
     return stores
@@ -149,22 +145,8 @@ def start(options: Options) -> Stores:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon; its exit status."""
-    try:
-        stores = start(parse(sys.argv[1:] if argv is None else argv))
-    except ChaosError as error:
-        log(str(error))
-        return error.exit_code
-    except OSError as error:
-        log(f"{error.filename or 'start'}: {error.strerror}")
-        return 1
-    for number in (SIGTERM, SIGINT):
-        signal(number, lambda _number, _frame: stores.stop())
-    # As in noxsd: serving makes no reference cycles.
-    gc.disable()
-    notify_manager("READY=1")
-    log(f"serving {len(stores.guests)} guests")
-    stores.run()
-    return 0
+    arguments = sys.argv[1:] if argv is None else argv
+    return run(lambda: start(parse(arguments)), log)
 
 
 if __name__ == "__main__":

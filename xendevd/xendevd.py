@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from noxs import privileges
 from noxs.bus import Bus
+from noxs.daemon import notify_manager
 from noxs.hotplug import LOCK, BusError, ChaosError
 from xendevd.monitor import Monitor, present
 from xendevd.netlink import Rtnetlink
@@ -148,9 +149,9 @@ def serve() -> None:
         privileges.keep_only(privileges.CAP_NET_ADMIN)
         daemon.catch_up()
         log(f"serving the vifs on {bus.path}")
-        privileges.notify("READY=1")
+        notify_manager("READY=1")
         daemon.run()
-        privileges.notify("STOPPING=1")
+        notify_manager("STOPPING=1")
     os.close(lock)
 
 

@@ -17,6 +17,7 @@ from chaos.daemon.core import Daemon
 from chaos.daemon.server import SOCKET, Server, listen
 from chaos.registry import Registry
 from noxs import privileges
+from noxs.daemon import notify_manager
 from xenctypes.errors import ChaosError
 
 DESCRIPTORS = 1 << 20
@@ -93,12 +94,12 @@ async def _serve(path: str, settings: settings_module.Settings) -> int:
         # What is there now stays: a collection would walk through it all for nothing.
         gc.collect()
         gc.freeze()
-        privileges.notify("READY=1")
+        notify_manager("READY=1")
         # A thread that computes gives way to the loop, which somebody waits for, soon.
         sys.setswitchinterval(SWITCH_INTERVAL)
         daemon.log(f"serving {len(daemon.guests.by_uuid)} guests on {path}")
         await stop.wait()
-        privileges.notify("STOPPING=1")
+        notify_manager("STOPPING=1")
         await server.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)

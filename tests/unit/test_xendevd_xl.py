@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from noxsd_process import Noxsd
 
-from noxs import hotplug, privileges
+from noxs import hotplug
 from noxs.bus import Bus
+from noxs.daemon import notify_manager
 from xendevd import xl
 
 PATH = "backend/vif/1/0"
@@ -118,8 +119,8 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        privileges.notify("READY=1")
+        notify_manager("READY=1")
         assert manager.recv(100) == b"READY=1"
-    privileges.notify("STOPPING=1")
+    notify_manager("STOPPING=1")
     monkeypatch.delenv("NOTIFY_SOCKET")
-    privileges.notify("READY=1")
+    notify_manager("READY=1")
