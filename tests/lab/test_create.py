@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from command import chaos
+from stock import initramfs
 
 from chaos import config as configuration
 from chaos.builder import Builder
@@ -490,22 +491,9 @@ def test_debians_kernel_fits_into_a_builder_for_gigabytes(
 @pytest.mark.every_release
 def test_a_linux_kernel_boots_to_userland(host: Host, footprint: Footprint, tmp_path: Path) -> None:
     """Debian's own kernel with a busybox initramfs, console only."""
-    root = tmp_path / "root"
-    (root / "bin").mkdir(parents=True)
-    subprocess.run(["cp", "/bin/busybox", root / "bin/busybox"], check=True)
-    init = root / "init"
-    init.write_text("#!/bin/busybox sh\necho userland-reached\n/bin/busybox poweroff -f\n")
-    init.chmod(0o755)
-    ramdisk = tmp_path / "initramfs"
-    listing = "\n".join(str(p.relative_to(root)) for p in root.rglob("*")) + "\n"
-    with ramdisk.open("wb") as out:
-        subprocess.run(
-            ["/bin/busybox", "cpio", "-o", "-H", "newc"],
-            input=listing.encode(),
-            stdout=out,
-            cwd=root,
-            check=True,
-        )
+    ramdisk = initramfs(
+        tmp_path, "#!/bin/busybox sh\necho userland-reached\n/bin/busybox poweroff -f\n"
+    )
     cfg = tmp_path / "linux.cfg"
     cfg.write_text(
         'name = "linux"\ntype = "pv"\nmemory = 256\n'

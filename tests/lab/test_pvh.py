@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import lzma
 import os
 import subprocess
 from pathlib import Path
@@ -24,6 +23,7 @@ from guest import (
     vif,
     vifs,
 )
+from stock import KERNEL, initramfs, unpacked
 from test_create import Footprint
 
 from chaos.builder import Builder
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 PVH = 'type="pvh"'
 HELLO, DAYTIME_CFG = "/src/examples/hello-pvh.cfg", "/src/examples/daytime-pvh.cfg"
-KERNEL = f"/boot/vmlinuz-{os.uname().release}"
 INIT = """#!/bin/busybox sh
 /bin/busybox echo "userland: $(/bin/busybox nproc) processors"
 /bin/busybox poweroff -f
@@ -147,37 +146,6 @@ def test_debian_s_kernel_boots_to_userland(
             assert reason == "poweroff", said
     finally:
         chaos("destroy", "--all")
-
-
-def unpacked(directory: Path) -> Path:
-    """Debian's kernel, unpacked once instead of for each guest: ten seconds each time, here."""
-    packed = Path(KERNEL).read_bytes()
-    start = packed.find(b"\xfd7zXZ\0")
-    if start < 0:
-        return Path(KERNEL)
-    kernel = directory / "vmlinux"
-    kernel.write_bytes(lzma.LZMADecompressor().decompress(packed[start:]))
-    return kernel
-
-
-def initramfs(directory: Path, script: str) -> Path:
-    """A ramdisk with busybox and an /init."""
-    root = directory / "root"
-    (root / "bin").mkdir(parents=True)
-    (root / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
-    (root / "init").write_text(script)
-    for path in ("bin/busybox", "init"):
-        (root / path).chmod(0o755)
-    done = subprocess.run(
-        ["/bin/busybox", "cpio", "-o", "-H", "newc"],
-        input=b"bin\nbin/busybox\ninit\n",
-        stdout=subprocess.PIPE,
-        cwd=root,
-        check=True,
-    )
-    ramdisk = directory / "initramfs"
-    ramdisk.write_bytes(done.stdout)
-    return ramdisk
 
 
 def stock(name: str, kind: str, vcpus: int, kernel: Path, ramdisk: Path) -> int:

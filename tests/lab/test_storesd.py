@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 import mmap
 import os
 import random
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import PATIENCE, end, ensure_bus, ensure_xendevd, start, wait_for
+from stock import BLOCK, KERNEL, NET, initramfs
 
 from chaos import config as configuration
 from chaos.builder import Builder
@@ -130,36 +130,6 @@ while :; do sleep 10; done
 """
 
 
-def ramdisk(directory: Path) -> Path:
-    """busybox, the front ends' modules, and INIT."""
-    root = directory / "root"
-    for name in ("bin", "sbin", "proc", "sys", "dev"):
-        (root / name).mkdir(parents=True)
-    (root / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
-    (root / "bin/busybox").chmod(0o755)
-    (root / "sbin/poweroff").write_text("#!/bin/busybox sh\n/bin/busybox poweroff -f\n")
-    (root / "init").write_text(INIT)
-    for name in ("init", "sbin/poweroff"):
-        (root / name).chmod(0o755)
-    modules = Path("/lib/modules") / os.uname().release / "kernel/drivers"
-    for name in ("net/xen-netfront.ko", "block/xen-blkfront.ko"):
-        path = modules / name
-        packed = path.with_suffix(".ko.xz")
-        data = path.read_bytes() if path.exists() else lzma.decompress(packed.read_bytes())
-        (root / path.name).write_bytes(data)
-    listing = "\n".join(str(path.relative_to(root)) for path in root.rglob("*")) + "\n"
-    made = directory / "initramfs"
-    with made.open("wb") as out:
-        subprocess.run(
-            ["/bin/busybox", "cpio", "-o", "-H", "newc"],
-            input=listing.encode(),
-            stdout=out,
-            cwd=root,
-            check=True,
-        )
-    return made
-
-
 def vif_nodes(domid: int) -> list[tuple[str, str | int]]:
     front, back = f"/local/domain/{domid}/device/vif/0", f"/local/domain/0/backend/vif/{domid}/0"
     fronts = {"backend": back, "backend-id": 0, "handle": 0, "mac": MAC, "state": 1}
@@ -225,7 +195,7 @@ def test_linux_gets_its_devices_and_is_shut_down(
     cfg = tmp_path / "stock.cfg"
     cfg.write_text(
         f'name = "stock"\ntype = "{kind}"\nmemory = 256\n'
-        f'kernel = "/boot/vmlinuz-{os.uname().release}"\nramdisk = "{ramdisk(tmp_path)}"\n'
+        f'kernel = "{KERNEL}"\nramdisk = "{initramfs(tmp_path, INIT, NET, BLOCK)}"\n'
         'extra = "console=hvc0"\non_poweroff = "preserve"\n'
     )
     config = configuration.load(str(cfg), [])[0]
