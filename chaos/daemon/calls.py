@@ -25,17 +25,19 @@ from chaos.daemon.command import (
     wants_client,
 )
 from chaos.daemon.rights import check_flavour
-from chaos.daemon.wanted import LONG, NotHere, want
+from chaos.daemon.wanted import LONG, NotHere, TooLong, want
 from chaos.invocation import Invocation
 from xenctypes.errors import ConfigError, ProtocolError, UsageError
 
 if TYPE_CHECKING:
     from chaos.daemon.core import Daemon
     from chaos.daemon.server import Connection
+    from chaos.daemon.shell import Delivery
     from chaos.daemon.wanted import Wanted
 
 Method = Callable[[Any, int, dict[str, Any]], Coroutine[Any, Any, Any]]
 
+NEITHER = "create needs a path or a config"
 WAIT_MAX = 10**6
 TEXTS_MAX = 4096
 SIMPLE = {
@@ -56,7 +58,6 @@ class Calls:
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
         self._methods: dict[str, Method] = {
-            "create": self._create,
             "wait": self._wait,
             "pause": self._pause,
             "unpause": self._pause,
@@ -91,6 +92,8 @@ class Calls:
             return _done()
         if method == "console.write":
             return self._console_write(connection, params)
+        if method == "create":
+            return self._begin_create(connection, ident, params)
         if method in SIMPLE:
             return self._verb(method, params)
         handler = self._methods.get(method)
@@ -180,32 +183,53 @@ class Calls:
     async def _version(self, *_: Any) -> dict[str, Any]:
         return {"version": __version__, "protocol": frames.VERSION, "pid": os.getpid()}
 
-    async def _create(self, connection: Connection, _ident: int, params: dict[str, Any]) -> Any:
-        wanted = await self._wanted(connection, params)
+    def _begin_create(
+        self, connection: Connection, ident: int, params: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any] | None:
+        """A create from a warm shell is answered at once: a task costs as much as half of it."""
         paused = _take(params, "paused", bool, default=False)
+        seconds = 0.0 if paused else _number(params, "wait_ready")
+        delivery = None
+        if "config" not in params:
+            with contextlib.suppress(TooLong, NotHere):
+                wanted = self.daemon.reader.read(connection.peer, *_named(params))
+                delivery = self.daemon.create_now(wanted, connection.peer, paused=paused)
+        if delivery is None:
+            return self._create(connection, params, seconds, paused=paused)
+        if seconds and delivery.shell.noxs:
+            return self._when_ready(delivery, seconds)
+        connection.reply(ident, frames.OK, self._described(delivery))
+        return None
+
+    async def _create(
+        self, connection: Connection, params: dict[str, Any], seconds: float, *, paused: bool
+    ) -> Any:
+        wanted = await self._wanted(connection, params)
         delivery = await self.daemon.create(wanted, connection.peer, paused=paused)
-        seconds = _number(params, "wait_ready")
-        if seconds and not paused and delivery.shell.noxs:
-            await self.daemon.wait(delivery.shell.uuid, seconds)
+        if seconds and delivery.shell.noxs:
+            return await self._when_ready(delivery, seconds)
+        return self._described(delivery)
+
+    async def _when_ready(self, delivery: Delivery, seconds: float) -> Any:
+        await self.daemon.wait(delivery.shell.uuid, seconds)
+        return self._described(delivery)
+
+    def _described(self, delivery: Delivery) -> dict[str, Any]:
         described = self.daemon.describe(delivery)
         described["ready_ms"] = described["profile"]["ready_ms"]
         return described
 
     async def _wanted(self, connection: Connection, params: dict[str, Any]) -> Wanted:
-        overrides = _list(params, "overrides", str)
-        path, text = params.get("path"), params.get("config")
-        if (path is None) == (text is None):
-            raise ProtocolError("create needs a path or a config")
-        if path is not None:
-            name = os.fsdecode(path) if isinstance(path, (bytes, str)) else ""
-            if not os.path.isabs(name):
-                raise UsageError("the path of a configuration is absolute here")
+        text = params.get("config")
+        if text is None:
+            directory, name, overrides = _named(params)
             try:
-                return await self.daemon.read(
-                    connection.peer, os.path.dirname(name), name, overrides
-                )
+                return await self.daemon.read(connection.peer, directory, name, overrides)
             except NotHere:
                 raise ConfigError("the configuration is no regular file", filename=name) from None
+        if "path" in params:
+            raise ProtocolError(NEITHER)
+        overrides = _list(params, "overrides", str)
         from chaos import config, xlcfg
         from chaos.daemon.rights import borrowed
 
@@ -313,6 +337,17 @@ class Calls:
         self, _connection: Connection, _ident: int, params: dict[str, Any]
     ) -> None:
         await self.daemon.pool.remove(_take(params, "name", str))
+
+
+def _named(params: dict[str, Any]) -> tuple[str, str, list[str]]:
+    """A configuration's directory, its path, and the overrides. ProtocolError, UsageError."""
+    path = params.get("path")
+    if path is None:
+        raise ProtocolError(NEITHER)
+    name = os.fsdecode(path) if isinstance(path, (bytes, str)) else ""
+    if not os.path.isabs(name):
+        raise UsageError("the path of a configuration is absolute here")
+    return os.path.dirname(name), name, _list(params, "overrides", str)
 
 
 async def _done() -> None:

@@ -136,9 +136,9 @@ def test_the_end_waits_for_what_is_taken_back(
                 await go.wait()
                 taken_back.set()
 
-        lab.server.calls._methods["create"] = method
+        lab.server.calls._methods["rename"] = method
         with await lab.client() as client:
-            await client.ask(1, "create")
+            await client.ask(1, "rename")
             await asyncio.wait_for(begun.wait(), PATIENCE)
             closing = asyncio.ensure_future(lab.server.close())
             assert await client.reply() is None
