@@ -172,6 +172,9 @@ def vifs(server: Server, count: int) -> Figures:
                 pass
             requests += len(nodes) + len(FEATURES) + len(AFTERWARDS) + 14
             steps.append(time.perf_counter() - before)
+            if domid % 100 == 0:
+                each = statistics.mean(steps[-100:]) * 1e3
+                print(f"{server.name}: {domid} vifs, {each:.0f} ms each", file=sys.stderr)
         made = time.perf_counter()
         for domid in range(1, count + 1):
             toolstack.rm_many(front_and_back(domid))
