@@ -1,6 +1,6 @@
-"""Vifs connected before the guest exists.
+"""Vifs connected before the guest exists, and those that a stock guest connects itself.
 
-The toolstack plays netfront while the shell is empty: it lays the rings out in
+For a noxs guest the toolstack plays netfront while the shell is empty: it lays the rings out in
 pages at the top of the shell's memory, posts receive buffers, seeds the grant
 table, allocates the event channel, and writes the nodes that netback reads. The
 guest finds the result in its device page and starts to send.
@@ -26,6 +26,7 @@ from itertools import compress
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from chaos.device import Device
 from noxs import abi, hotplug
 from noxs.page import Vif, VifQueue
 from xenctypes.errors import DeviceError
@@ -33,6 +34,7 @@ from xenctypes.errors import DeviceError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from chaos.device import Value
     from chaos.host import Host
     from chaos.netspec import VlanConfig
     from chaos.vifspec import VifConfig
@@ -173,14 +175,25 @@ def nodes(domid: int, name: str, vif: PreparedVif) -> list[tuple[str, str]]:
         "frontend": frontend,
         "frontend-id": domid,
         "online": 1,
+        **_backend_nodes(name, vif.mac, config),
+        "state": STATE_INITIALISING,
+    }
+    return [
+        *((f"{frontend}/{key}", str(value)) for key, value in front.items()),
+        *((f"{backend}/{key}", str(value)) for key, value in back.items()),
+    ]
+
+
+def _backend_nodes(name: str, mac: bytes, config: VifConfig) -> dict[str, Value]:
+    """What only vifs have in the backend's directory, for netback and for xendevd."""
+    back: dict[str, Value] = {
         "handle": config.devid,
-        "mac": mac_text(vif.mac),
+        "mac": mac_text(mac),
         "bridge": config.bridge,
         "domain": name,
         "type": "vif",
         "script": hotplug.script_for(config.script),
         hotplug.STATUS: hotplug.PENDING,
-        "state": STATE_INITIALISING,
     }
     if config.vifname:
         back["vifname"] = config.vifname
@@ -190,10 +203,20 @@ def nodes(domid: int, name: str, vif: PreparedVif) -> list[tuple[str, str]]:
         back["rate"] = str(config.rate)
     if config.vlan is not None:
         back["vlan"] = vlan_text(config.vlan)
-    return [
-        *((f"{frontend}/{key}", str(value)) for key, value in front.items()),
-        *((f"{backend}/{key}", str(value)) for key, value in back.items()),
-    ]
+    return back
+
+
+def devices(name: str, macs: Sequence[bytes], configs: Sequence[VifConfig]) -> list[Device]:
+    """The vifs of a stock guest, which connects them itself; as libxl__set_xenstore_vif()."""
+    found = []
+    for mac, config in zip(macs, configs, strict=True):
+        front: dict[str, Value] = {"handle": config.devid, "mac": mac_text(mac)}
+        if config.mtu:
+            front["mtu"] = config.mtu
+        if not config.trusted:
+            front["trusted"] = 0
+        found.append(Device("vif", config.devid, front, _backend_nodes(name, mac, config)))
+    return found
 
 
 def late_nodes(
@@ -277,15 +300,31 @@ def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> lis
             tx.write_many(pairs)
 
     bus.transact(write, repeatable=True)
-    waiting = {vif.config.devid for vif in vifs}
+    _await_all(bus, domid, [vif.config.devid for vif in vifs], _connected)
+    deadline = time.monotonic() + FORWARD_TIMEOUT
+    _await(deadline, lambda: all(_forwards(domid, vif.config) for vif in vifs))
+    return [vif._replace(mtu=_mtu(domid, vif.config)) for vif in vifs]
+
+
+def await_plugged(bus: Bus, domid: int, devids: Sequence[int]) -> None:
+    """Wait until the vifs of a stock guest are plugged, which happens before it runs.
+
+    Raises DeviceError as ``connect`` does.
+    """
+    if devids:
+        _await_all(bus, domid, devids, _plugged)
+
+
+def _await_all(
+    bus: Bus, domid: int, devids: Sequence[int], done: Callable[[Bus, int, int], bool]
+) -> None:
+    waiting = set(devids)
     served = time.monotonic()
     with _watching(bus, backend_directory(domid)) as changes:
         for _ in changes(CONNECT_TIMEOUT):
-            waiting = {devid for devid in waiting if not _connected(bus, domid, devid)}
+            waiting = {devid for devid in waiting if not done(bus, domid, devid)}
             if not waiting:
-                deadline = time.monotonic() + FORWARD_TIMEOUT
-                _await(deadline, lambda: all(_forwards(domid, vif.config) for vif in vifs))
-                return [vif._replace(mtu=_mtu(domid, vif.config)) for vif in vifs]
+                return
             if hotplug.running() or not _unplugged(bus, domid, waiting):
                 served = time.monotonic()
             elif time.monotonic() > served + RESTART_TIMEOUT:
@@ -302,6 +341,15 @@ def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> lis
 
 
 def _connected(bus: Bus, domid: int, devid: int) -> bool:
+    return _progress(bus, domid, devid)[0] == STATE_CONNECTED
+
+
+def _plugged(bus: Bus, domid: int, devid: int) -> bool:
+    return _progress(bus, domid, devid)[1] == hotplug.CONNECTED
+
+
+def _progress(bus: Bus, domid: int, devid: int) -> tuple[str | None, str | None]:
+    """A backend's state and hotplug status. DeviceError when it will get no further."""
     path = backend_path(domid, devid)
     paths = [f"{path}/{key}" for key in ("state", hotplug.STATUS, hotplug.ERROR_TEXT)]
     state, status, why, text = bus.read_many([*paths, _error_path(domid, devid)])
@@ -310,7 +358,7 @@ def _connected(bus: Bus, domid: int, devid: int) -> bool:
     said = _behind(text)
     if state in {STATE_CLOSING, STATE_CLOSED} or (said and not _driven(domid, devid)):
         raise DeviceError(f"vif {devid}: netback refused it{said}", hint="dmesg may say more")
-    return state == STATE_CONNECTED
+    return state, status
 
 
 def _unplugged(bus: Bus, domid: int, devids: Iterable[int]) -> bool:
