@@ -16,7 +16,9 @@ Prints JSON: milliseconds (median, p99) and ratios. It starts the daemons that d
 - ``true``       the same as a shell would run it (the peer of ``command``)
 - ``xl``         the whole `xl create` command, no vif
 - ``xl_vif``     the same with one vif
-- ``refill``     one shell with a vif, made in the background
+- ``refill``     one shell with a vif, made in the background; ``refill_plain``: without a vif
+
+``steps`` are the medians of what the daemon did for a create, by the name of the step.
 """
 
 from __future__ import annotations
@@ -57,10 +59,17 @@ kernel = "/run/daytime.elf"
 size = 8
 
 [[flavour]]
+name = "plain"
+memory = 4
+kernel = "/run/hello.elf"
+size = 8
+
+[[flavour]]
 name = "generic"
 memory = 5
 size = 2
 """
+FLAVOURS = {"refill": "daytime", "refill_plain": "plain"}
 PATIENCE = 120.0
 
 
@@ -111,6 +120,7 @@ class Bench:
         self.daytime = daytime
         self.hello = hello
         self.rows: dict[str, list[float]] = {}
+        self.steps: dict[str, dict[str, list[float]]] = {}
         self.number = 0
         self.plain = socket.socket(socket.AF_UNIX)
         self.plain.connect(SOCKET)
@@ -128,18 +138,13 @@ class Bench:
 
         wait(full, "the pool is not filled")
 
-    def create(self, path: str, *overrides: str, wait_ready: float = 0) -> None:
-        """One guest, of a name of its own."""
-        self.number += 1
-        self.chaos.create(path, overrides, name=f"b{self.number}", wait_ready=wait_ready)
-
-    def ask(self, row: str, seconds: float) -> None:
+    def ask(self, row: str, path: str, *overrides: str, wait_ready: float = 0) -> None:
         """Take one sample of a create that is asked for by hand: the daemon's own time."""
         self.number += 1
         params = {
-            "path": self.daytime.encode(),
-            "overrides": [f'name="b{self.number}"'],
-            "wait_ready": seconds,
+            "path": path.encode(),
+            "overrides": [*overrides, f'name="b{self.number}"'],
+            "wait_ready": wait_ready,
         }
         request = frames.pack_request(self.number, "create", params)
         splitter = frames.Splitter()
@@ -154,6 +159,10 @@ class Bench:
         reply = frames.read_reply(replies[0])
         if reply.kind != frames.OK:
             raise SystemExit(f"create: {reply.value}")
+        steps = self.steps.setdefault(row, {})
+        for step in reply.value["profile"]["steps"]:
+            if step["phase"] == "execute":
+                steps.setdefault(step["name"], []).append(step["ms"])
 
     def end(self) -> None:
         """Destroy what was made."""
@@ -163,20 +172,20 @@ class Bench:
         """One sample of each row."""
         for row, seconds in (("warm", 0), ("ready", 30)):
             self.filled()
-            self.ask(row, seconds)
+            self.ask(row, self.daytime, wait_ready=seconds)
             self.end()
         self.chaos.call("pool.drain", name="daytime")
         wait(lambda: self.chaos.call("pool.list")[0]["ready"], "no shell comes")
-        self.add("busy", lambda: self.create(self.daytime))
+        self.ask("busy", self.daytime)
         self.end()
         self.filled()
         self.add("command", lambda: spawn("chaos", "create", self.daytime))
         self.end()
         self.filled()
-        self.add("generic", lambda: self.create(self.hello, "memory=5"))
+        self.ask("generic", self.hello, "memory=5")
         self.end()
         self.filled()
-        self.add("cold", lambda: self.create(self.hello, "memory=6"))
+        self.ask("cold", self.hello, "memory=6")
         self.end()
         self.filled()
         self.add("spawn", lambda: spawn("/bin/true"))
@@ -188,12 +197,12 @@ class Bench:
 
     def refill(self) -> None:
         """How long a whole refill takes, per shell."""
-        self.filled()
-        size = 8
-        self.chaos.call("pool.drain", name="daytime")
-        start = time.perf_counter()
-        self.filled()
-        self.rows["refill"] = [(time.perf_counter() - start) * 1e3 / size]
+        for row, flavour in FLAVOURS.items():
+            self.filled()
+            shells = self.chaos.call("pool.drain", name=flavour)["shells"]
+            start = time.perf_counter()
+            self.filled()
+            self.rows.setdefault(row, []).append((time.perf_counter() - start) * 1e3 / shells)
 
 
 def main() -> int:
@@ -211,12 +220,12 @@ def main() -> int:
     try:
         with connect() as chaos:
             bench = Bench(chaos, str(configs["daytime"]), str(configs["hello"]))
-            for _ in range(args.count):
+            for number in range(args.count):
                 bench.sample(with_xl=with_xl)
+                if not number % 4:
+                    bench.refill()
                 sys.stderr.write(".")
                 sys.stderr.flush()
-            bench.refill()
-            bench.end()
     finally:
         daemon.terminate()
         daemon.wait()
@@ -231,8 +240,13 @@ def main() -> int:
     if with_xl:
         ratios["xl_over_cold"] = ratio(rows["xl"], rows["cold"])
         ratios["xl_vif_over_command"] = ratio(rows["xl_vif"], rows["command"])
-        ratios["shells_per_xl"] = ratio(rows["xl_vif"], rows["refill"])
+        ratios["shells_per_xl_vif"] = ratio(rows["xl_vif"], rows["refill"])
+        ratios["plain_shells_per_xl"] = ratio(rows["xl"], rows["refill_plain"])
     result["ratios"] = ratios
+    result["steps"] = {
+        row: {name: summary(samples)["median_ms"] for name, samples in steps.items()}
+        for row, steps in bench.steps.items()
+    }
     json.dump(result, sys.stdout, indent=2)
     print()
     return 0
