@@ -16,8 +16,12 @@ from importlib.resources import files
 UNITS = ("noxsd.service", "xendevd.service", "storesd.service", "chaosd.service")
 MOUNT = "proc-xen.mount"
 DISTRIBUTION = ("/usr/lib/systemd/system", "/lib/systemd/system")
-OTHERS = {"chaos.sysusers.conf": "sysusers.d", "chaos.modules.conf": "modules-load.d"}
-"""Other files, and the directory beside systemd's where each goes, as chaos.conf."""
+OTHERS = {
+    "chaos.sysusers.conf": "sysusers.d/chaos.conf",
+    "chaos.modules.conf": "modules-load.d/chaos.conf",
+    "xendevd.rules": "udev/rules.d/99-xendevd.rules",
+}
+"""Other files, and where each goes beside systemd's."""
 SINCE = {"RestartSteps": 254, "RestartMaxDelaySec": 254}
 """Settings that older releases of systemd would complain of, and do without."""
 NEXT = """\
@@ -51,8 +55,8 @@ def outputs(etc: str, bin_directory: str, release: int) -> dict[str, str]:
     found = {f"{etc}/systemd/system/{name}": render(name, bin_directory, release) for name in UNITS}
     if not any(os.path.exists(f"{directory}/{MOUNT}") for directory in DISTRIBUTION):
         found[f"{etc}/systemd/system/{MOUNT}"] = render(MOUNT, bin_directory, release)
-    for name, directory in OTHERS.items():
-        found[f"{etc}/{directory}/chaos.conf"] = render(name, bin_directory, release)
+    for name, path in OTHERS.items():
+        found[f"{etc}/{path}"] = render(name, bin_directory, release)
     return found
 
 
@@ -61,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="chaos-units",
         description="Write the systemd units of noxsd, xendevd, storesd and chaosd, the chaos group"
-        " (sysusers.d) and the kernel modules that they need (modules-load.d).",
+        " (sysusers.d), the kernel modules that they need (modules-load.d), and what udev shall"
+        " not run for vifs (udev/rules.d).",
     )
     parser.add_argument("--etc", default="/etc", metavar="DIR", help="where to (%(default)s)")
     parser.add_argument(

@@ -55,15 +55,17 @@ def main() -> None:
             stale.unlink()
         with contextlib.suppress(OSError):
             path.parent.rmdir()
+    scripts = Path(schemes["scripts"])
+    # udevd sees by itself that there is another rule; what else is written is for systemd.
+    subprocess.run([str(scripts / "chaos-units")], stdout=subprocess.DEVNULL, check=True)
     if Path("/run/systemd/system").is_dir():
-        _start_units(Path(schemes["scripts"]))
+        _start_units(scripts)
 
 
 def _start_units(scripts: Path) -> None:
-    """Install the daemons' units, and have the daemons run what was just installed."""
+    """Have the daemons run what was just installed."""
     found = [name for name in DAEMONS if (scripts / name).exists()]
     for command in (
-        [str(scripts / "chaos-units")],
         ["systemd-sysusers"],
         ["systemctl", "daemon-reload"],
         ["systemctl", "enable", "-q", *found],

@@ -136,6 +136,20 @@ def daemon(bus: Bus) -> Iterator[Xendevd]:
         made.route.close()
 
 
+@pytest.mark.every_release
+def test_udev_runs_no_program_for_a_vif(daemon: Xendevd) -> None:
+    """By the rule that chaos-units writes; for other interfaces it does."""
+    assert daemon.verdict(daemon.vif(902, vifname="web1")) == ""
+    for name, expected in (("web1", False), ("xenbr0", True)):
+        told = subprocess.run(
+            ["udevadm", "test", "--action=add", f"/sys/class/net/{name}"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert ("systemd-sysctl" in told.stdout + told.stderr) == expected, told
+
+
 @pytest.mark.anyhost
 def test_a_vif_is_plugged_and_goes(daemon: Xendevd) -> None:
     path = daemon.vif(901, vifname="web0", mtu="1400")
