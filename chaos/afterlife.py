@@ -6,7 +6,8 @@ import uuid as uuid_module
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chaos import domains, vif
+from chaos import domains
+from chaos.destroy import strip
 from chaos.domains import shutdown_name
 from xenctypes.errors import StateError
 
@@ -51,21 +52,23 @@ def successor(config: DomainConfig, record: Record) -> DomainConfig:
 
 
 def set_aside(host: Host, names: Registry, uuid: str) -> str:
-    """Keep a dead domain under another name and UUID, which is returned, without its vifs.
+    """Keep a dead domain under another name and UUID, which is returned.
 
-    Its successor has those. Whatever its end was, it is preserved from now on. Raises StateError
-    if it is gone; what it did before another error does no harm when it is called again.
+    Its vifs and its store are its successor's. Whatever its end was, it is preserved from now on.
+    Raises StateError if it is gone; what it did before another error does no harm when it is
+    called again.
     """
     with names.locked(), names.entry(uuid) as entry:
         entry.lock(wait=True)
         record = names.read(uuid)
         if record is None:
             raise StateError(f"domain {uuid} is gone")
-        if record.macs:
-            vif.disconnect_all(host.bus, record.domid)
+        if record.macs or record.store:
+            for take in strip(host, record.domid, record):
+                take()
             for mac in record.macs:
                 names.release_mac(mac, uuid)
-            record.macs = []
+            record.macs, record.store = [], ""
         if record.uuid == uuid:
             record.config |= dict.fromkeys(ENDINGS, "preserve")
             names.begin_rekey(entry, record, str(uuid_module.uuid4()), names.free_name(record.name))

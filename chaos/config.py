@@ -65,8 +65,8 @@ NOT_YET: tuple[tuple[str, Callable[[DomainConfig], bool], str], ...] = (
         "maxvcpus",
         lambda config: config.maxvcpus > config.vcpus,
         (
-            "maxvcpus above vcpus is not supported yet: a guest learns from a store which vCPUs to"
-            ' leave offline, and has none (Linux: vcpus = maxvcpus and extra = "maxcpus=N")'
+            "maxvcpus above vcpus is not supported yet: nothing brings vCPUs online later"
+            ' (Linux: vcpus = maxvcpus and extra = "maxcpus=N")'
         ),
     ),
 )

@@ -1,6 +1,8 @@
-"""Requests to running noxs guests, such as power off, and their answers.
+"""Requests to running guests, such as power off, and their answers.
 
-docs/noxs-abi.md, "Requests". One event channel handle serves all guests that are asked::
+A noxs guest finds them in its device page (docs/noxs-abi.md, "Requests"), a stock guest in its
+store, where it takes the word at control/shutdown away (docs/misc/xenstore-paths.pandoc). One
+event channel handle serves all guests that are asked::
 
     asked --ack--> answered --shutdown--> dead
       |               |
@@ -18,6 +20,7 @@ import select
 import time
 from typing import TYPE_CHECKING
 
+from chaos import store
 from chaos.death import POLL_SECONDS, Death, remaining
 from chaos.devicepage import DevicePage
 from noxs.abi import ACK_OK, ACK_UNSUPPORTED, REQUEST_POWEROFF, REQUEST_REBOOT
@@ -34,24 +37,32 @@ if TYPE_CHECKING:
     from xenctypes.ctrl import DomainInfo
 
 NAMES = {REQUEST_POWEROFF: "shut down", REQUEST_REBOOT: "reboot"}
+WORDS = {REQUEST_POWEROFF: "poweroff", REQUEST_REBOOT: "reboot"}
+"""The same in a store."""
 
 
 class Request:
     """One request to one guest.
 
     ``result`` is its ACK_*, ``death`` how it died; None: not yet. ``rung``: it was told to look.
+    ``page`` is its device page; a stock guest, which has none, is asked through its store.
     """
 
-    def __init__(self, record: Record, code: int, page: DevicePage) -> None:
+    def __init__(self, record: Record, code: int, page: DevicePage | None) -> None:
         self.record = record
         self.code = code
         self.page = page
         self.uuid = bytes.fromhex(record.uuid.replace("-", ""))
         self.port = 0
-        self.rung = False
+        self.rung = page is None
         self.result: int | None = None
         self.death: Death | None = None
-        self.seq = sequence(page.words().ack)
+        self.seq = sequence(page.words().ack) if page is not None else 0
+
+    def close(self) -> None:
+        """Unmap its page, which would keep a dead domain from going away. Idempotent."""
+        if self.page is not None:
+            self.page.close()
 
     def problem(self) -> str:
         """Why the guest does not do as asked, "" if it does."""
@@ -109,17 +120,22 @@ class Control:
         trace: TracebackType | None,
     ) -> None:
         for request in self.requests:
-            request.page.close()
+            request.close()
         self._evtchn.close()
 
     def ask(self, record: Record, code: int) -> Request:
         """Send a request (REQUEST_*). Raises StateError where the guest cannot be asked."""
         verb = NAMES.get(code, f"take request {code}")
+        if record.store:
+            store.request(self._host, record, WORDS[code])
+            request = Request(record, code, None)
+            self.requests.append(request)
+            return request
         if not record.noxs:
             raise StateError(
-                f'domain "{record.name}" does not speak noxs: asking it to {verb} takes a store of'
-                " its own, which is not supported yet",
-                hint="stop it from within, or chaos destroy",
+                f'domain "{record.name}" does not speak noxs and has no store: it cannot be asked'
+                f" to {verb}",
+                hint="stop it from within, or chaos destroy; with storesd, guests get a store",
             )
         try:
             page = DevicePage(self._host, record.domid, [record.store_frame])
@@ -167,7 +183,7 @@ class Control:
         if self._cancel >= 0:
             poll.register(self._cancel, select.POLLIN)
         for request in self.requests:
-            _look(request)
+            self._look(request)
         self._look_for_deaths()
         while open_requests := [r for r in self.requests if _is_open(r, dead=dead)]:
             if deadline is not None and time.monotonic() >= deadline:
@@ -184,10 +200,10 @@ class Control:
         ports = self._evtchn.drain()
         for port in ports:
             if port in self._by_port:
-                _look(self._by_port[port])
+                self._look(self._by_port[port])
         for request in open_requests:
             if not request.port:
-                _look(request)
+                self._look(request)
                 if request.result is None and not request.rung:
                     self._notify(request)
         if self._deaths in ports or not self._deaths:
@@ -197,18 +213,21 @@ class Control:
         alive = {(info.domid, info.uuid): info for info in self._host.ctrl.domain_list()}
         for request in self.requests:
             if request.death is None and (death := death_of(request, alive)) is not None:
-                _look(request)
+                self._look(request)
                 request.death = death
-                request.page.close()  # a page that is mapped keeps the domain from going away
+                request.close()
 
-
-def _look(request: Request) -> None:
-    """Take the guest's answer, if it is there."""
-    if request.death is not None:
-        return
-    words = request.page.words()
-    if request.result is None and words.ack == request.seq:
-        request.result = words.ack_result
+    def _look(self, request: Request) -> None:
+        """Take the guest's answer, if it is there."""
+        if request.death is not None or request.result is not None:
+            return
+        if request.page is None:
+            if store.requested(self._host, request.record) == "":
+                request.result = ACK_OK
+            return
+        words = request.page.words()
+        if words.ack == request.seq:
+            request.result = words.ack_result
 
 
 def _is_open(request: Request, *, dead: bool) -> bool:

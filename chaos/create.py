@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from chaos import image, pvh, registry, vif, xenstored
+from chaos import image, pvh, registry, store, vif, xenstored
 from chaos.devicepage import DevicePage
 from chaos.domains import reap
 from chaos.signals import held
@@ -37,7 +37,7 @@ from chaos.steps import (
 )
 from noxs.abi import STATE_READY
 from noxs.page import Page, more_pages
-from xenctypes.errors import DeviceError, StateError, XenError
+from xenctypes.errors import StateError, XenError
 from xenctypes.public import HVM_PARAM_STORE_PFN, XEN_X86_EMU_LAPIC
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class Creation:
     vifs: list[vif.PreparedVif] = field(default_factory=list)
     connecting: bool = False  # the bus may know of the vifs
     announced: bool = False  # xenstored may know of the domain
+    served: str = ""  # who serves its XenStore, see chaos.store
+    tenancy: store.Tenancy | None = None
     page: DevicePage | None = None
     ready_ms: float | None = None
     unpaused_ns: int = 0
@@ -93,6 +95,11 @@ class Creation:
         return self.info is not None and self.info.noxs_abi is not None
 
     @property
+    def stock(self) -> bool:
+        """Whether the image is known, and says nothing of the kind."""
+        return self.info is not None and self.info.noxs_abi is None
+
+    @property
     def more_pages(self) -> int:
         """How many pages the device page needs beyond its first."""
         room = max(len(self.config.metadata), self.metadata_room)
@@ -101,6 +108,8 @@ class Creation:
     @property
     def reserve(self) -> int:
         """How many pages at the top of the guest's memory are ours: the vifs', then more_pages."""
+        if self.stock:
+            return 0
         return len(self.config.vifs) * vif.PAGES + self.more_pages
 
     @property
@@ -175,7 +184,8 @@ def _reserve(creation: Creation) -> None:
 
 def _release(creation: Creation) -> None:
     if creation.entry is not None and creation.record is not None:
-        if not creation.vifs:  # else netback still has them, and the record is for the reaper
+        # Else netback or a store still has its pages, and the record is for the reaper.
+        if not creation.vifs and (creation.tenancy is None or creation.tenancy.gone):
             creation.registry.forget(creation.entry, creation.record)
         creation.entry.close()
         creation.entry = None
@@ -200,19 +210,17 @@ def _close_images(creation: Creation) -> None:
 
 
 def _check_vifs(creation: Creation) -> None:
+    if creation.stock:
+        creation.served = store.service(creation.host)
+        store.check(creation.config, creation.served)
     for config in creation.config.vifs:
         vif.check(config)
 
 
 def _check_devices(creation: Creation) -> None:
+    _check_vifs(creation)
     if not creation.config.vifs:
         return
-    if not creation.noxs:
-        raise DeviceError(
-            "the image does not speak noxs, and vifs of stock guests are not supported yet",
-            hint="build it with noxs.h, or leave vif= out",
-        )
-    _check_vifs(creation)
     assert creation.record is not None
     taken = vif.taken_macs(creation.host.bus)
     for config in creation.config.vifs:
@@ -305,6 +313,8 @@ def _open_channels(creation: Creation) -> None:
 
 
 def _bind_store(creation: Creation) -> None:
+    if not creation.noxs:
+        return
     creation.store_local = creation.host.evtchn.bind_interdomain(
         creation.domid, creation.store_port
     )
@@ -316,13 +326,19 @@ def _unbind_store(creation: Creation) -> None:
         creation.store_local = 0
 
 
+def _write_down(creation: Creation) -> None:
+    """Say in the record where the reaper would look for devices, and for a store."""
+    record, entry = creation.record, creation.entry
+    assert record is not None
+    assert entry is not None
+    record.domid, record.store = creation.domid, creation.served
+    entry.write(record)
+
+
 def _prepare_vifs(creation: Creation) -> None:
-    if not creation.config.vifs:
+    if not creation.config.vifs or creation.stock:
         return
-    assert creation.record is not None
-    assert creation.entry is not None
-    creation.record.domid = creation.domid  # where the reaper would look for the vifs
-    creation.entry.write(creation.record)
+    _write_down(creation)
     top = creation.top - len(creation.reserved)
     for index, config in enumerate(creation.config.vifs):
         first = index * vif.PAGES
@@ -361,6 +377,12 @@ def _disconnect_vifs(creation: Creation) -> None:
 
 def _load(creation: Creation) -> None:
     assert creation.kernel is not None
+    if creation.stock:
+        if not creation.served:  # a generic shell's image is known only now
+            creation.served = store.service(creation.host)
+        if creation.served:
+            _write_down(creation)
+    with_store = creation.noxs or bool(creation.served)
     creation.loaded = creation.builder.load(
         creation.domid,
         kernel=creation.kernel.fd,
@@ -369,10 +391,10 @@ def _load(creation: Creation) -> None:
         vcpus=creation.config.maxvcpus,
         console_port=creation.console_port,
         # A guest that does not speak noxs must not wait for a store that nobody serves.
-        store_port=creation.store_port if creation.noxs else 0,
+        store_port=creation.store_port if with_store else 0,
         reserved=len(creation.reserved),
     )
-    if creation.config.type == "pvh" and not creation.noxs:
+    if creation.config.type == "pvh" and not with_store:
         # Nor look for one: Linux waits for whoever may serve a page that is there.
         creation.host.ctrl.hvm_param_set(creation.domid, HVM_PARAM_STORE_PFN, 0)
 
@@ -389,6 +411,42 @@ def _close_page(creation: Creation) -> None:
         creation.page = None
 
 
+def _open_store(creation: Creation) -> None:
+    if creation.served:
+        assert creation.loaded is not None
+        creation.tenancy = store.Tenancy(
+            creation.host,
+            creation.served,
+            creation.domid,
+            str(creation.uuid),
+            creation.config,
+            creation.macs,
+            creation.store_port,
+            creation.loaded.store_frame,
+        )
+        store.open_store(creation.tenancy)
+
+
+def _close_store(creation: Creation) -> None:
+    if creation.tenancy is not None:
+        store.close_store(creation.tenancy)
+
+
+def _attach_devices(creation: Creation) -> None:
+    if creation.tenancy is not None:
+        store.attach_devices(creation.tenancy)
+
+
+def _detach_devices(creation: Creation) -> None:
+    if creation.tenancy is not None:
+        store.detach_devices(creation.tenancy)
+
+
+def _introduce(creation: Creation) -> None:
+    if creation.tenancy is not None:
+        store.introduce(creation.tenancy)
+
+
 def _record(creation: Creation) -> None:
     record, entry, loaded = creation.record, creation.entry, creation.loaded
     assert record is not None
@@ -400,6 +458,7 @@ def _record(creation: Creation) -> None:
     record.console_port = creation.console_port
     record.store_frame = loaded.store_frame
     record.store_port = creation.store_port
+    record.store = creation.served
     record.state = registry.RUNNING
     entry.write(record)
 
@@ -433,6 +492,9 @@ CREATE_STEPS: tuple[Step[Creation], ...] = (
     Step("connect vifs", PREPARE, BUS, _connect_vifs, _disconnect_vifs),
     Step("load image", EXECUTE, IMAGE, _load),
     Step("write page", EXECUTE, TOOLSTACK, _write_page, _close_page),
+    Step("open store", EXECUTE, BUS, _open_store, _close_store),
+    Step("attach devices", EXECUTE, DEVICES, _attach_devices, _detach_devices),
+    Step("introduce", EXECUTE, BUS, _introduce),
     Step("record", EXECUTE, TOOLSTACK, _record),
     Step("announce", EXECUTE, BUS, _announce, _withdraw),
     Step("unpause", EXECUTE, HYPERVISOR, _unpause),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from chaos import registry, vif, xenstored
+from chaos import registry, store, vif, xenstored
 from xenctypes.errors import ChaosError, StateError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chaos.domains import Domain
     from chaos.host import Host
     from chaos.registry import Record, Registry
@@ -54,24 +57,45 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
 def end(host: Host, info: DomainInfo, record: Record) -> None:
     """Take a domain's devices away and destroy it. Raises the first failure, after trying all.
 
-    The vifs go first: netback must not map pages of a domain that is gone, or it stays a zombie.
+    Devices and store go first: nobody must map pages of a domain that is gone, or it stays a
+    zombie. The guest is not asked, for it may not answer.
     """
-    failure: ChaosError | None = None
-    try:
-        xenstored.withdraw(host, info.domid)  # the vifs' end takes an empty directory along
-    except ChaosError as error:
-        failure = error
-    if record.macs:
+    failures: list[ChaosError] = []
+
+    def attempt(function: Callable[[], object]) -> None:
         try:
-            if not info.dying:
-                host.ctrl.domain_pause(info.domid)
-            vif.disconnect_all(host.bus, info.domid)
+            function()
         except ChaosError as error:
-            failure = failure or error
+            failures.append(error)
+
+    if (record.macs or record.store) and not info.dying:
+        attempt(lambda: host.ctrl.domain_pause(info.domid))
+    for take in strip(host, info.domid, record):
+        attempt(take)
     if not info.dying:
         host.ctrl.domain_destroy(info.domid)
-    if failure is not None:
-        raise failure
+    if record.store == store.PRIVATE and not failures:
+        # A storesd that started in between has found the domain alive.
+        attempt(lambda: store.release(host, record.store, info.domid, record.uuid))
+    if failures:
+        raise failures[0]
+
+
+def strip(host: Host, domid: int, record: Record) -> list[Callable[[], object]]:
+    """What takes a domain's store, its devices and its name for xl away, in this order.
+
+    All of it can be done again, and without a domain. Each raises ChaosError.
+    """
+    release = partial(store.release, host, record.store, domid, record.uuid)
+    # The vifs' end takes an empty directory along.
+    takings: list[Callable[[], object]] = [partial(xenstored.withdraw, host, domid)]
+    if record.store == store.PRIVATE:
+        takings.append(release)
+    if record.macs:
+        takings.append(lambda: vif.disconnect_all(host.bus, domid))
+    if record.store == store.SHARED:
+        takings.append(release)
+    return takings
 
 
 def pooled(domid: int) -> StateError:

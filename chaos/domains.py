@@ -6,8 +6,8 @@ import contextlib
 import uuid as uuid_module
 from typing import TYPE_CHECKING, NamedTuple
 
-from chaos import registry, vif, xenstored
-from chaos.destroy import end, pooled
+from chaos import registry, xenstored
+from chaos.destroy import end, pooled, strip
 from xenctypes.errors import BusError, ChaosError, StateError
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def reap(
     itself asks for ``shells`` at its start.
     """
     alive = {str(uuid_module.UUID(bytes=info.uuid)) for info in infos}
+    dying = {str(uuid_module.UUID(bytes=info.uuid)) for info in infos if info.dying}
     suspects = []
     daemon = not shells and names.daemon_runs()
     for uuid in names.uuids():
@@ -169,7 +170,8 @@ def reap(
         if record is not None and record.state == registry.SHELL and daemon:
             continue
         as_it_should = record and (record.state, record.uuid) == (registry.RUNNING, uuid)
-        if not as_it_should or uuid not in alive:
+        held = record is not None and uuid in dying and _is_held(record)
+        if not as_it_should or uuid not in alive or held:
             suspects.append(uuid)
     if not suspects and not names.has_stale_staging():
         return 0
@@ -202,7 +204,8 @@ def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) ->
         record = record or registry.Record(uuid=uuid, name="")
         either = {uuid_module.UUID(uuid).bytes, uuid_module.UUID(record.uuid).bytes}
         info = next((i for i in host.ctrl.domain_list() if i.uuid in either), None)
-        if record.state == registry.RUNNING and info is not None:
+        zombie = info is not None and info.dying and _is_held(record)
+        if record.state == registry.RUNNING and info is not None and not zombie:
             entry.close()  # the registry's lock comes before it
             if record.uuid != uuid:
                 _settle_again(host, names, uuid)
@@ -210,11 +213,18 @@ def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) ->
         if info is not None:
             end(host, info, record)
         elif record.domid > 0 and host.ctrl.domain_info(record.domid) is None:
-            xenstored.withdraw(host, record.domid)
-            if record.macs:
-                vif.disconnect_all(host.bus, record.domid)
+            for take in strip(host, record.domid, record):
+                take()
         names.forget(entry, record)
         return 1
+
+
+def _is_held(record: Record) -> bool:
+    """Whether a backend or a store may map pages of the domain.
+
+    One that another toolstack destroyed goes only when they let go.
+    """
+    return bool(record.macs or record.store)
 
 
 def settle(host: Host, names: Registry, entry: Entry, record: Record) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from noxs.bus import Bus
+    from noxs.gueststores import GuestStores
     from xenctypes.ctrl import Xenctrl
     from xenctypes.evtchn import Evtchn
     from xenctypes.foreignmemory import ForeignMemory
@@ -36,7 +37,7 @@ class Host:
     def close(self) -> None:
         """Close every handle that was opened; each opens again when next used."""
         self._stack.close()
-        for name in ("ctrl", "evtchn", "memory", "bus", "nr_cpus", "virt_caps"):
+        for name in ("ctrl", "evtchn", "memory", "bus", "stores", "nr_cpus", "virt_caps"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -66,6 +67,13 @@ class Host:
         from noxs.bus import Bus
 
         return self._stack.enter_context(Bus.connect())
+
+    @cached_property
+    def stores(self) -> GuestStores:
+        """storesd: the private stores of stock guests."""
+        from noxs.gueststores import GuestStores
+
+        return self._stack.enter_context(GuestStores.connect())
 
     @cached_property
     def nr_cpus(self) -> int:

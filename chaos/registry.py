@@ -59,7 +59,8 @@ class Record:
 
     ``console_frame`` and ``store_frame`` are the machine frames of the console ring and the
     device page (or XenStore ring), -1 before they are known. ``console_port`` and
-    ``store_port`` are event channels on the guest's side; 0 means none.
+    ``store_port`` are event channels on the guest's side; 0 means none. ``store`` is who serves its
+    XenStore (chaos.store), "" for nobody and for noxs guests.
     ``macs`` are the addresses of its vifs, in their order. ``paused`` is whether it was created to
     stay paused.
     ``created`` is seconds since the epoch; ``ready_ms`` the time from unpause to the guest's
@@ -76,6 +77,7 @@ class Record:
     console_port: int = 0
     store_frame: int = -1
     store_port: int = 0
+    store: str = ""
     macs: list[str] = field(default_factory=list)
     created: float = 0.0
     ready_ms: float | None = None

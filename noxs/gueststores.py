@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno as errnos
 import os
 
-from noxs import wire
+from noxs import lockfile, wire
 from noxs.bus import PATIENCE, Bus
 from noxs.nodes import string
 from noxs.session import Session
@@ -33,13 +33,22 @@ if TYPE_CHECKING:
 SOCKET = "/run/noxs/storesd"
 
 
+def _socket() -> str:
+    return os.environ.get("NOXS_STORES") or SOCKET
+
+
+def running() -> bool:
+    """Whether storesd runs on this host."""
+    return lockfile.held(f"{_socket()}.lock")
+
+
 class GuestStores(Bus):
     """A connection to storesd. All methods raise BusError, with ``errno``."""
 
     @classmethod
     def connect(cls, path: str | None = None, *, patience: float = PATIENCE) -> Self:
         """Connect to storesd at ``path``, $NOXS_STORES, or its usual place."""
-        path = path or os.environ.get("NOXS_STORES") or SOCKET
+        path = path or _socket()
         try:
             return cls(Session((path,), patience))
         except BusError as error:

@@ -89,7 +89,10 @@ class Device:
         return found
 
 
-TOOLSTACK_KEYS = frozenset({b"backend", b"backend-id", b"handle", b"mac"})
+TOOLSTACK_KEYS = frozenset(
+    {b"backend", b"backend-id", b"handle", b"mac", b"mtu", b"trusted"}
+    | {b"virtual-device", b"device-type"}
+)
 """What the toolstack writes into a front end's directory, for the guest to read."""
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chaos import vif, xenstored
+from chaos import store, vif, xenstored
 from chaos.create import profile_of
 from chaos.daemon.batches import Batches
 from chaos.daemon.consoles import ConsoleHub
@@ -22,12 +22,13 @@ from chaos.daemon.events import Events
 from chaos.daemon.guests import Guest, Guests
 from chaos.daemon.pool import Pool
 from chaos.daemon.rights import Peer
-from chaos.daemon.shell import DELIVERY_STEPS, PAUSED_STEPS, Delivery
+from chaos.daemon.shell import DELIVERY_STEPS, PAUSED_STEPS, UNPAUSE_STEPS, Delivery
 from chaos.daemon.wanted import Reader, TooLong, Wanted, want
 from chaos.domains import check_free, reap
 from chaos.host import Host
+from chaos.image import inspect
 from chaos.registry import DAEMON_LOCK, RUNNING, Registry
-from chaos.steps import perform
+from chaos.steps import perform, roll_back
 from xenctypes.errors import ChaosError, PageError, StateError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from chaos.daemon.settings import Settings
     from chaos.daemon.shell import Shell
     from chaos.domconfig import DomainConfig
+    from chaos.image import OpenImage
 
 T = TypeVar("T")
 
@@ -223,13 +225,18 @@ class Daemon:
         shell = self._from_pool(wanted, peer)
         if shell is None:
             shell = await self._made(wanted, peer)
+        if shell.store:
+            return await self._deliver_stock(shell, wanted, peer, paused=paused)
         return self._deliver(shell, wanted, peer, paused=paused)
 
     def create_now(self, wanted: Wanted, peer: Peer, *, paused: bool = False) -> Delivery | None:
-        """The same from a warm shell; None if there is none, or to find out more. ChaosError."""
+        """The same from a warm shell; None if there is none, or if it takes longer. ChaosError."""
         if self._mac_seems_taken(wanted):
             return None
-        shell = self._from_pool(wanted, peer)
+        key = wanted.key(peer)
+        if self.pool.has_store(wanted.shape, key):
+            return None
+        shell = self.pool.take(wanted.shape, key, wanted.pages)
         return None if shell is None else self._deliver(shell, wanted, peer, paused=paused)
 
     def _mac_seems_taken(self, wanted: Wanted) -> bool:
@@ -253,7 +260,9 @@ class Daemon:
         opened = wanted.open(peer)
         try:
             self.pool.note(wanted.config, wanted.source, opened)
-            shell = self.pool.take(wanted.shape, None, wanted.pages)
+            shell = None
+            if await self._takes_generic(wanted, opened):
+                shell = self.pool.take(wanted.shape, None, wanted.pages)
             if shell is not None:
                 return await self.pool.load(shell, wanted.config, wanted.source, opened)
             room = len(wanted.config.metadata)
@@ -262,11 +271,17 @@ class Daemon:
             for each in opened:
                 each.close()
 
+    async def _takes_generic(self, wanted: Wanted, opened: Sequence[OpenImage]) -> bool:
+        """Whether a shell without an image does: its vifs are connected as noxs guests want it."""
+        if not wanted.config.vifs or not self.pool.shelves.get((wanted.shape, None)):
+            return True
+        info = await self.in_thread(lambda *_: inspect(opened[0], payload=False))
+        return info.noxs_abi is not None
+
     def _deliver(self, shell: Shell, wanted: Wanted, peer: Peer, *, paused: bool) -> Delivery:
         config = wanted.config
         delivery = Delivery(shell, config, wanted.json, peer, self._dom0_macs, paused)
         try:
-            self._check(shell, wanted)
             perform(
                 PAUSED_STEPS if paused else DELIVERY_STEPS,
                 delivery,
@@ -280,6 +295,56 @@ class Daemon:
                 self.pool.spawn(self.pool.discard(shell))
             raise
         guest = self._guest(delivery)
+        self.loop.call_soon(self._settle, guest, delivery)
+        return delivery
+
+    async def _deliver_stock(
+        self, shell: Shell, wanted: Wanted, peer: Peer, *, paused: bool
+    ) -> Delivery:
+        """Deliver a stock guest; if nobody waits for it any more it is destroyed."""
+        work = self._deliver_with_store(shell, wanted, peer, paused=paused)
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._unwanted)
+            raise
+
+    def _unwanted(self, task: asyncio.Task[Delivery]) -> None:
+        if not task.cancelled() and task.exception() is None and not self.stopping:
+            self.spawn(self.guests.end(task.result().shell.uuid))
+
+    async def _deliver_with_store(
+        self, shell: Shell, wanted: Wanted, peer: Peer, *, paused: bool
+    ) -> Delivery:
+        """The same for a stock guest, whose store and devices are made when its name is known.
+
+        A shell that this fails for is not used again.
+        """
+        config = wanted.config
+        delivery = Delivery(shell, config, wanted.json, peer, self._dom0_macs, paused)
+        subject = f'cannot create "{config.name}"'
+        begun = False
+        try:
+            perform(PAUSED_STEPS, delivery, delivery.timings, subject=subject)
+            begun = True
+            uuid = shell.uuid
+            with self.guests.expected(uuid):
+                await self.in_thread(
+                    lambda host, _: perform(
+                        store.STEPS, delivery.tenancy(host), delivery.timings, subject=subject
+                    )
+                )
+                if not paused:
+                    perform(UNPAUSE_STEPS, delivery, delivery.timings, subject=subject)
+                guest = self._guest(delivery)
+        except BaseException:
+            if begun:
+                roll_back(PAUSED_STEPS, delivery)
+            self.pool.spawn(self.pool.discard(shell))
+            raise
         self.loop.call_soon(self._settle, guest, delivery)
         return delivery
 
@@ -298,13 +363,6 @@ class Daemon:
         if guest is not None:
             guest.unpaused_ns = perf_counter_ns()
             self.host.ctrl.domain_unpause(guest.domid)
-
-    def _check(self, shell: Shell, wanted: Wanted) -> None:
-        if wanted.config.vifs and not shell.noxs:
-            raise StateError(
-                "the image does not speak noxs, and vifs of stock guests are not supported yet",
-                hint="build it with noxs.h, or leave vif= out",
-            )
 
     def _guest(self, delivery: Delivery) -> Guest:
         shell = delivery.shell
@@ -327,7 +385,7 @@ class Daemon:
             by={"uid": delivery.peer.uid, "pid": delivery.peer.pid},
         )
         self.consoles_add(guest)
-        if delivery.config.vifs or self.beside_xenstored:
+        if (guest.noxs and delivery.config.vifs) or self.beside_xenstored:
             self._on_the_bus.add((guest, delivery.shell.macs))
 
     async def _tell_the_bus(self, batch: list[tuple[Guest, list[bytes]]]) -> None:
@@ -342,6 +400,8 @@ class Daemon:
         living = [(guest, macs) for guest, macs in batch if guest.uuid in self.guests.by_uuid]
         pairs = []
         for guest, macs in living:
+            if not guest.noxs:
+                continue  # its devices were given its name
             pairs += vif.late_nodes(guest.domid, guest.name, macs, guest.config.vifs)
         if pairs:
             vif.update(host.bus, pairs)

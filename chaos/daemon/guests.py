@@ -32,7 +32,7 @@ from xenctypes.errors import CallFailed, ChaosError, StateError
 from xenctypes.evtchn import VIRQ_DOM_EXC
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from chaos.daemon.core import Daemon
     from chaos.domconfig import DomainConfig
@@ -215,6 +215,15 @@ class Guests:
                 self.host.evtchn.notify(guest.port)
 
     # Coming
+
+    @contextlib.contextmanager
+    def expected(self, uuid: str) -> Iterator[None]:
+        """A guest whose record is there is not looked after before it is added."""
+        self._ending.add(uuid)
+        try:
+            yield
+        finally:
+            self._ending.discard(uuid)
 
     def add(self, guest: Guest) -> None:
         """Look after a guest from now on."""

@@ -210,6 +210,7 @@ class Maker:
             "noxs": creation.noxs,
             "console_port": creation.console_port,
             "store_port": creation.store_port,
+            "store": creation.served,
             "console_frame": loaded.console_frame if loaded else -1,
             "page_frames": creation.page_frames if creation.noxs else [],
             "store_frame": loaded.store_frame if loaded else -1,

@@ -241,6 +241,11 @@ class Pool:
             shelf.append(shell)
         return None
 
+    def has_store(self, shape: Shape, key: ImageKey | None) -> bool:
+        """Whether shells of that shape and image are of stock guests with a store."""
+        shelf = self.shelves.get((shape, key))
+        return bool(shelf and shelf[0].store)
+
     def put_back(self, shell: Shell) -> None:
         """Return a shell that nothing was done to; to its end if it is of no flavour any more."""
         flavour = shell.flavour

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from chaos.registry import RUNNING, SHELL, Record
 from chaos.steps import EXECUTE, HYPERVISOR, PREPARE, TOOLSTACK, Step, Timing
+from chaos.store import Tenancy
 from noxs.page import metadata_capacity, patch_identity, patch_metadata, patch_vif, publish
 from xenctypes.errors import PageError, StateError
 
@@ -37,7 +38,8 @@ class Shell:
     """A domain without a name. Its ``image`` is None while it is generic.
 
     ``template`` is the device page as the guest has it, ``mapping`` that page in our memory,
-    ``port`` our end of the store channel, ``record_fd`` its record file, open for writing,
+    ``port`` our end of the store channel, ``store`` who is to serve a stock guest's XenStore (see
+    chaos.store), ``record_fd`` its record file, open for writing,
     ``pages`` how many its device page has beyond the first, ``worker`` the maker that must load a
     generic shell.
     """
@@ -45,7 +47,7 @@ class Shell:
     __slots__ = (
         "console_frame", "console_port", "digest", "domid", "flavour", "host", "image", "macs",
         "mapping", "names", "noxs", "pages", "port", "record_fd", "record_size", "shape",
-        "store_frame", "store_port", "template", "timings", "uuid", "worker",
+        "store", "store_frame", "store_port", "template", "timings", "uuid", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +67,7 @@ class Shell:
         self.noxs = False
         self.console_port = self.store_port = self.port = 0
         self.console_frame = self.store_frame = -1
+        self.store = ""
         self.template = bytearray()
         self.mapping: Mapping | None = None
         self.record_fd = -1
@@ -77,12 +80,15 @@ class Shell:
         self.console_port, self.store_port = made["console_port"], made["store_port"]
         self.console_frame, self.store_frame = made["console_frame"], made["store_frame"]
         self.noxs = made["noxs"]
+        self.store = made["store"]
         self.digest = made["digest"] or self.digest
         self.timings += [Timing(n, p, c, 0, ns) for n, p, c, ns in made["timings"]]
         if self.store_frame >= 0 and self.noxs:
             self.template = bytearray(made["page"])
             self.mapping = self.host.memory.map(self.domid, made["page_frames"])
             self.port = self.host.evtchn.bind_interdomain(self.domid, self.store_port)
+        if self.store:
+            self.close_record()  # the maker has replaced the file, to say so
         if self.record_fd < 0:
             path = f"{self.names.path}/domains/{self.uuid}/domain.json"
             self.record_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -155,8 +161,23 @@ class Delivery:
             console_port=shell.console_port,
             store_frame=shell.store_frame,
             store_port=shell.store_port,
+            store=shell.store,
             macs=[mac.hex(":") for mac in shell.macs],
             created=self.created,
+        )
+
+    def tenancy(self, host: Host) -> Tenancy:
+        """The stock guest's place in its store, for a thread with a host of its own."""
+        shell = self.shell
+        return Tenancy(
+            host,
+            shell.store,
+            shell.domid,
+            shell.uuid,
+            self.config,
+            tuple(shell.macs),
+            shell.store_port,
+            shell.store_frame,
         )
 
 
@@ -258,9 +279,10 @@ def _unrecord(delivery: Delivery) -> None:
     if delivery.recorded:
         shell = delivery.shell
         macs = [mac.hex(":") for mac in shell.macs]
-        shell.write_record(
-            Record(shell.uuid, "", state=SHELL, domid=shell.domid, macs=macs).to_json()
+        record = Record(
+            shell.uuid, "", state=SHELL, domid=shell.domid, macs=macs, store=shell.store
         )
+        shell.write_record(record.to_json())
 
 
 def _unpause(delivery: Delivery) -> None:
@@ -276,7 +298,7 @@ DELIVERY_STEPS: tuple[Step[Delivery], ...] = (
     Step("record", EXECUTE, TOOLSTACK, _record, _unrecord),
     Step("unpause", EXECUTE, HYPERVISOR, _unpause),
 )
-PAUSED_STEPS = DELIVERY_STEPS[:-1]
+PAUSED_STEPS, UNPAUSE_STEPS = DELIVERY_STEPS[:-1], DELIVERY_STEPS[-1:]
 
 
 def prepared(timings: list[Timing]) -> list[Timing]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chaos import xenstored
+from chaos import store, xenstored
 from chaos.config import check_name
 from chaos.domains import find, owned
 from xenctypes.errors import StateError
@@ -49,6 +49,7 @@ def _rename(call: Invocation) -> int:
         if record.name != name:
             call.names.rename(entry, record, name)
             xenstored.announce(call.host, domain.domid, name)
+            store.rename(call.host, record)
             if call.daemon is not None:
                 call.daemon.renamed(domain.uuid, name)
     return 0

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noxs import hotplug
+from noxs import gueststores, hotplug
 from noxs.bus import Bus
+from noxs.gueststores import SOCKET as STORESD_SOCKET
+from noxs.gueststores import GuestStores
 from xenctypes.errors import BusError
 
 if TYPE_CHECKING:
@@ -80,6 +82,37 @@ def ensure_xendevd() -> None:
     if not hotplug.running():
         start("xendevd")
         wait_for(hotplug.running, "xendevd does not start")
+
+
+def storesd_pid() -> int:
+    """The process that serves stock guests' stores."""
+    found = subprocess.run(
+        ["fuser", f"{STORESD_SOCKET}.lock"], capture_output=True, text=True, check=True
+    )
+    (pid,) = found.stdout.split()
+    return int(pid)
+
+
+def storesd_serves() -> bool:
+    """Whether storesd does."""
+    try:
+        GuestStores.connect(patience=0.1).close()
+    except BusError:
+        return False
+    return True
+
+
+def ensure_storesd() -> None:
+    """Somebody serves stock guests."""
+    if not storesd_serves():
+        start("storesd")
+        wait_for(storesd_serves, "storesd does not start")
+
+
+def stop_storesd() -> None:
+    """Nobody serves stock guests."""
+    if gueststores.running():
+        end(storesd_pid())
 
 
 def xendevd_pid() -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from chaosd import GUESTS, filled, running
 from command import chaos
+from daemons import stop_storesd
 from guest import (
     DAYTIME,
     SHUTDOWN_CRASH,
@@ -129,6 +130,7 @@ def test_debian_s_kernel_boots_to_userland(
     host: Host, footprint: Footprint, tmp_path: Path
 ) -> None:
     """With no store to wait for. As PV with one vCPU, and packed, it is in test_create."""
+    stop_storesd()
     ramdisk = initramfs(tmp_path, INIT)
     kernel = unpacked(tmp_path)
     kinds = [("pv", 4), ("pvh", 2), ("pvh", 1)]

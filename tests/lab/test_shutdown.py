@@ -110,4 +110,4 @@ def test_who_cannot_be_asked(host: Host) -> None:
         entry.write(record)
     done = chaos("shutdown", "stock", status=1)
     assert "does not speak noxs" in done.stderr
-    assert "not supported yet" in done.stderr
+    assert "has no store" in done.stderr

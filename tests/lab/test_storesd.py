@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -15,24 +14,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from daemons import PATIENCE, end, ensure_bus, ensure_xendevd, start, wait_for
-from stock import BLOCK, KERNEL, NET, initramfs
+from daemons import (
+    PATIENCE,
+    end,
+    ensure_bus,
+    ensure_storesd,
+    ensure_xendevd,
+    start,
+    storesd_pid,
+    storesd_serves,
+    wait_for,
+)
 
 from chaos import config as configuration
 from chaos.builder import Builder
 from chaos.create import UNPAUSED_STEPS, Creation
 from chaos.host import Host
 from chaos.registry import Registry
-from noxs import hotplug, wire
+from noxs import wire
 from noxs.bus import Bus
 from noxs.guestring import GuestRing
-from noxs.gueststores import SOCKET, GuestStores
+from noxs.gueststores import GuestStores
 from noxs.guestview import Guest
 from noxs.ring import Ring
 from noxs.storesd import GNTTAB_RESERVED_XENSTORE, STATE
-from xenctypes.errors import BusError
 from xenctypes.gnttab import Gnttab
-from xenctypes.public import HVM_PARAM_STORE_PFN
 
 # The guest's end of a ring is played as in the unit tests.
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
@@ -42,39 +48,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HELLO = "examples/hello.cfg"
-BRIDGE = "storesbr0"
-HOST_ADDRESS, GUEST_ADDRESS = "10.99.7.1", "10.99.7.2"
-MAC = "00:16:3e:99:07:02"
-BOOT_SECONDS = 240.0
-"""For a stock kernel whose page tables and processor are both emulated."""
 STORE_STEPS = {"bind channel", "write page", "announce"}
-"""Steps of a create that are not for a guest with a store of its own."""
-
-
-class StoreBuilder(Builder):
-    """Builds stock guests with a store channel."""
-
-    port = 0
-
-    def load(self, domid: int, **arguments: Any) -> Any:
-        return super().load(domid, **{**arguments, "store_port": self.port})
+"""Steps of a create that use the store channel, or tell xenstored of the domain."""
 
 
 @contextmanager
 def built(config: Any) -> Iterator[Creation]:
     """A paused domain with an image and a store channel that nobody has bound."""
-    with Host() as host, StoreBuilder() as builder:
+    with Host() as host, Builder() as builder:
         creation = Creation(config, host, builder, Registry())
-        steps = [step for step in UNPAUSED_STEPS if step.name not in STORE_STEPS]
-        loading = next(index for index, step in enumerate(steps) if step.name == "load image")
         try:
-            creation.run(steps[:loading])
-            builder.port = creation.store_port
-            creation.run(steps[loading:])
-            if config.type == "pvh":
-                assert creation.loaded is not None
-                frame = creation.loaded.store_frame
-                host.ctrl.hvm_param_set(creation.domid, HVM_PARAM_STORE_PFN, frame)
+            creation.run([step for step in UNPAUSED_STEPS if step.name not in STORE_STEPS])
             yield creation
         finally:
             creation.undo()
@@ -88,175 +72,13 @@ def uuid_of(creation: Creation) -> str:
 # With storesd
 
 
-def storesd_pid() -> int:
-    found = subprocess.run(
-        ["fuser", f"{SOCKET}.lock"], capture_output=True, text=True, check=True, timeout=PATIENCE
-    )
-    (pid,) = found.stdout.split()
-    return int(pid)
-
-
-def serves() -> bool:
-    try:
-        GuestStores.connect(patience=0.1).close()
-    except BusError:
-        return False
-    return True
-
-
 @pytest.fixture
 def stores() -> Iterator[GuestStores]:
     ensure_bus()
     ensure_xendevd()
-    if not serves():
-        start("storesd")
-        wait_for(serves, "storesd does not start")
+    ensure_storesd()
     with GuestStores.connect() as client:
         yield client
-
-
-INIT = f"""#!/bin/busybox sh
-export PATH=/bin
-for tool in mount insmod ip ping dd sleep echo; do busybox ln -s busybox /bin/$tool; done
-mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev
-for module in /*.ko; do insmod $module; done
-until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
-ip addr add {GUEST_ADDRESS}/24 dev eth0
-ip link set eth0 up
-until [ -b /dev/xvda ]; do sleep 0.1; done
-dd if=/dev/xvda of=/dev/xvda bs=512 count=1 seek=1 conv=fsync
-echo disk-done
-while :; do sleep 10; done
-"""
-
-
-def vif_nodes(domid: int) -> list[tuple[str, str | int]]:
-    front, back = f"/local/domain/{domid}/device/vif/0", f"/local/domain/0/backend/vif/{domid}/0"
-    fronts = {"backend": back, "backend-id": 0, "handle": 0, "mac": MAC, "state": 1}
-    backs = {
-        "frontend": front, "frontend-id": domid, "online": 1, "handle": 0, "mac": MAC,
-        "bridge": BRIDGE, "type": "vif", "script": hotplug.script_for(""),
-        hotplug.STATUS: hotplug.PENDING, "state": 1,
-    }  # fmt: skip
-    return [(f"{front}/{k}", v) for k, v in fronts.items()] + [
-        (f"{back}/{k}", v) for k, v in backs.items()
-    ]
-
-
-def vbd_nodes(domid: int, device: str) -> list[tuple[str, str | int]]:
-    number = os.stat(device).st_rdev
-    front = f"/local/domain/{domid}/device/vbd/51712"
-    back = f"/local/domain/0/backend/vbd/{domid}/51712"
-    fronts = {"backend": back, "backend-id": 0, "virtual-device": 51712, "state": 1}
-    backs = {
-        "frontend": front, "frontend-id": domid, "online": 1, "dev": "xvda", "mode": "w",
-        "device-type": "disk", "type": "phy", "params": device,
-        "physical-device": f"{os.major(number):x}:{os.minor(number):x}", "state": 1,
-    }  # fmt: skip
-    return [(f"{front}/{k}", v) for k, v in fronts.items()] + [
-        (f"{back}/{k}", v) for k, v in backs.items()
-    ]
-
-
-@contextmanager
-def bridge() -> Iterator[None]:
-    for command in (
-        f"link add {BRIDGE} type bridge",
-        f"addr add {HOST_ADDRESS}/24 dev {BRIDGE}",
-        f"link set {BRIDGE} up",
-    ):
-        subprocess.run(["ip", *command.split()], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["ip", "link", "del", BRIDGE], check=True)
-
-
-@contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    made = subprocess.run(
-        ["losetup", "--show", "-f", str(path)], capture_output=True, text=True, check=True
-    )
-    device = made.stdout.strip()
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "-d", device], check=True)
-
-
-@pytest.mark.parametrize("kind", ["pv", "pvh"])
-def test_linux_gets_its_devices_and_is_shut_down(
-    kind: str, stores: GuestStores, tmp_path: Path
-) -> None:
-    """The classic handshake of netfront and blkfront; storesd is killed in between."""
-    subprocess.run(["modprobe", "-a", "xen-netback", "xen-blkback", "loop"], check=True)
-    disk = tmp_path / "disk"
-    disk.write_bytes(b"from Dom0".ljust(512, b".") + bytes(1 << 20))
-    cfg = tmp_path / "stock.cfg"
-    cfg.write_text(
-        f'name = "stock"\ntype = "{kind}"\nmemory = 256\n'
-        f'kernel = "{KERNEL}"\nramdisk = "{initramfs(tmp_path, INIT, NET, BLOCK)}"\n'
-        'extra = "console=hvc0"\non_poweroff = "preserve"\n'
-    )
-    config = configuration.load(str(cfg), [])[0]
-    log = tmp_path / "console"
-    with bridge(), loop_device(disk) as loop, built(config) as creation, Bus.connect() as bus:
-        domid, host = creation.domid, creation.host
-        front, devices = f"/local/domain/{domid}/device", ("vif/0", "vbd/51712")
-        stores.open(domid, uuid_of(creation), "stock")
-        stores.write(f"/local/domain/{domid}/memory/target", 256 << 10)
-        bus.write_many(vif_nodes(domid) + vbd_nodes(domid, loop))
-        stores.attach(domid, "vif", 0, {"handle": 0, "mac": MAC})
-        stores.attach(domid, "vbd", 51712, {"virtual-device": 51712, "device-type": "disk"})
-        stores.introduce(domid, 0, creation.store_port)
-        silent, keyboard = os.pipe()
-        try:
-            with log.open("wb") as out:
-                console = subprocess.Popen(["chaos", "console", "stock"], stdin=silent, stdout=out)
-            host.ctrl.domain_unpause(domid)
-            for device in devices:
-                wait_for(
-                    lambda device=device: bus.get(f"{front}/{device}/state") == "4",
-                    f"{device} is not connected",
-                    BOOT_SECONDS,
-                )
-            end(storesd_pid(), signal.SIGKILL)
-            start("storesd")
-            wait_for(serves, "storesd does not start again")
-            assert stores.is_introduced(domid)
-            ping = ["ping", "-c", "1", "-W", "1", GUEST_ADDRESS]
-            wait_for(
-                lambda: subprocess.run(ping, check=False, capture_output=True).returncode == 0,
-                "it does not answer",
-                BOOT_SECONDS,
-            )
-            wait_for(
-                lambda: b"disk-done" in log.read_bytes(), "the disk is not written", BOOT_SECONDS
-            )
-            assert bus.read(f"/local/domain/0/backend/vif/{domid}/0/state") == "4"
-            assert not bus.exists(f"{front}/vif/0/script")
-            assert stores.read(f"/local/domain/0/backend/vbd/{domid}/51712/sectors") == "2049"
-            assert not stores.exists(f"/local/domain/0/backend/vbd/{domid}/51712/params")
-            stores.write(f"/local/domain/{domid}/control/shutdown", "poweroff")
-            wait_for(lambda: host.ctrl.domain_info(domid).shutdown, "it does not end", BOOT_SECONDS)
-        finally:
-            os.close(silent)
-            os.close(keyboard)
-            console.terminate()
-            console.wait(PATIENCE)
-            sys.stdout.write(log.read_text(errors="replace"))
-            for device in devices:
-                name, _, devid = device.partition("/")
-                stores.detach(domid, name, int(devid))
-                back = f"/local/domain/0/backend/{name}/{domid}/{devid}"
-                bus.write_many([(f"{back}/online", 0), (f"{front}/{device}/state", 6)])
-                wait_for(lambda back=back: bus.get(f"{back}/state") in {"6", None}, "it stays")
-                bus.rm(back)
-            bus.rm(f"/local/domain/{domid}")
-            stores.release(domid)
-        assert disk.read_bytes()[512:521] == b"from Dom0"
-    with Host() as host:
-        assert host.ctrl.domain_info(domid) is None
 
 
 def test_a_destroyed_domain_is_gone_once_it_is_released(stores: GuestStores) -> None:
@@ -280,7 +102,7 @@ def test_a_domain_that_went_while_storesd_was_down_is_found_out(stores: GuestSto
         ctrl.domain_destroy(domid)
         wait_for(lambda: ctrl.domain_info(domid) is None, "a zombie without storesd")
         start("storesd")
-        wait_for(serves, "storesd does not start again")
+        wait_for(storesd_serves, "storesd does not start again")
         assert not stores.is_introduced(domid)
         creation.domid = -1
     assert not any(name.startswith(f"{domid}.") for name in os.listdir(STATE))

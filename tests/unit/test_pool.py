@@ -69,7 +69,7 @@ class Maker:
             {
                 "domid": domid, "console_port": 1, "store_port": 2, "console_frame": 3,
                 "store_frame": 4 if warm else -1, "noxs": False, "digest": "", "page": b"",
-                "page_frames": [], "timings": [],
+                "page_frames": [], "timings": [], "store": "",
             }
         )  # fmt: skip
         return future
@@ -269,7 +269,6 @@ class Delivering:
     create = Daemon.create
     _deliver = Daemon._deliver
     _is_as_before = Daemon._is_as_before
-    _check = Daemon._check
 
     def __init__(self, lab: Lab) -> None:
         self.pool = lab.pool

@@ -1,0 +1,223 @@
+"""A stock guest's XenStore: a private one of storesd's, or xenstored's, which it is introduced to.
+
+::
+
+    nothing --open--> nodes --attach--> devices offered, vifs plugged --introduce--> ring served
+       ^                                                                                |
+       +------------------------------------ release -----------------------------------+
+
+Whatever serves it holds the guest's ring page: a domain that is destroyed stays a zombie until it
+is released.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chaos import device, vif, xenstored
+from chaos.steps import BUS, DEVICES, EXECUTE, Step
+from xenctypes.errors import BusError, DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chaos.device import Device, Value
+    from chaos.domconfig import DomainConfig
+    from chaos.host import Host
+    from chaos.registry import Record
+    from noxs.bus import Bus, Transaction
+
+PRIVATE, SHARED = "storesd", "xenstored"
+"""Who serves a guest's store, as records have it; "" is nobody."""
+
+
+def service(host: Host) -> str:
+    """Who serves stock guests on this host: PRIVATE, SHARED, or "" if nobody does."""
+    if xenstored.serves(host):
+        return SHARED
+    return PRIVATE if _storesd_runs() else ""
+
+
+def _storesd_runs() -> bool:
+    from noxs import gueststores
+
+    return gueststores.running()
+
+
+def check(config: DomainConfig, served: str) -> None:
+    """Refuse what takes a store where there is none. Raises DeviceError."""
+    if config.vifs and not served:
+        raise DeviceError(
+            "storesd is not running: a guest that does not speak noxs needs it for its devices",
+            hint="start storesd, or leave vif= out",
+        )
+
+
+@dataclass
+class Tenancy:
+    """A stock guest's place in a store. ``service`` is PRIVATE or SHARED.
+
+    ``port`` is the guest's end of its store channel, ``frame`` that of the ring's page.
+    """
+
+    host: Host
+    service: str
+    domid: int
+    uuid: str
+    config: DomainConfig
+    macs: Sequence[bytes]
+    port: int
+    frame: int
+    opened: bool = False
+    attached: bool = False
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing of it is left, neither in a store nor on the bus."""
+        return not (self.opened or self.attached)
+
+    @property
+    def devices(self) -> list[Device]:
+        """What the guest is to have."""
+        return vif.devices(self.config.name, self.macs, self.config.vifs)
+
+
+def open_store(tenancy: Tenancy) -> None:
+    """Make the guest's nodes. Raises BusError."""
+    host, domid, uuid = tenancy.host, tenancy.domid, tenancy.uuid
+    tenancy.opened = True
+    if tenancy.config.vifs:
+        vif.disconnect_all(host.bus, domid)  # a domid comes round again
+    nodes = _build_nodes(domid, tenancy.config)
+    if tenancy.service == PRIVATE:
+        host.stores.open(domid, uuid, tenancy.config.name)
+        host.stores.write_many(nodes)
+        return
+    from noxs import wire
+    from noxs.guestview import skeleton
+    from noxs.nodes import result
+
+    requests = []
+    for path, value, perms in skeleton(domid, uuid, tenancy.config.name):
+        subject, name = path.decode(), path + b"\0"
+        requests += [
+            (wire.WRITE, name + value, subject),
+            (wire.SET_PERMS, name + wire.format_perms(perms), subject),
+        ]
+
+    def write(tx: Transaction) -> None:
+        tx.rm_many([f"/local/domain/{domid}", f"/vm/{uuid}"])
+        for pair in zip(requests, tx.exchange(requests), strict=True):
+            result(*pair)
+        tx.write_many(nodes)
+
+    host.bus.transact(write, repeatable=True)
+
+
+def _build_nodes(domid: int, config: DomainConfig) -> list[tuple[str, Value]]:
+    """What the guest reads of its memory and vCPUs; as libxl__build_post() has it."""
+    base = f"/local/domain/{domid}"
+    return [
+        (f"{base}/memory/static-max", config.maxmem * 1024),
+        (f"{base}/memory/target", config.memory * 1024),
+        *(
+            (f"{base}/cpu/{n}/availability", "online" if n < config.vcpus else "offline")
+            for n in range(config.maxvcpus)
+        ),
+    ]
+
+
+def attach_devices(tenancy: Tenancy) -> None:
+    """Offer the guest its devices, and wait until they are plugged. BusError, DeviceError."""
+    devices = tenancy.devices
+    if not devices:
+        return
+    host, domid = tenancy.host, tenancy.domid
+    tenancy.attached = True
+    device.offer(host.bus, domid, devices, shared=tenancy.service == SHARED)
+    if tenancy.service == PRIVATE:
+        for each in devices:
+            host.stores.attach(domid, each.kind, each.devid, each.front)
+    vif.await_plugged(host.bus, domid, [each.devid for each in devices if each.kind == "vif"])
+
+
+def detach_devices(tenancy: Tenancy) -> None:
+    """Undo ``attach_devices``. Raises ChaosError."""
+    if tenancy.attached:
+        vif.disconnect_all(tenancy.host.bus, tenancy.domid)
+        tenancy.attached = False
+
+
+def introduce(tenancy: Tenancy) -> None:
+    """Have the guest's ring served, from before it runs. Raises BusError."""
+    host = tenancy.host
+    if tenancy.service == PRIVATE:
+        host.stores.introduce(tenancy.domid, 0, tenancy.port)
+    else:
+        host.bus.introduce(tenancy.domid, tenancy.frame, tenancy.port)
+
+
+def close_store(tenancy: Tenancy) -> None:
+    """Undo ``open_store`` and ``introduce``. Raises BusError."""
+    if tenancy.opened:
+        release(tenancy.host, tenancy.service, tenancy.domid, tenancy.uuid)
+        tenancy.opened = False
+
+
+STEPS: tuple[Step[Tenancy], ...] = (
+    Step("open store", EXECUTE, BUS, open_store, close_store),
+    Step("attach devices", EXECUTE, DEVICES, attach_devices, detach_devices),
+    Step("introduce", EXECUTE, BUS, introduce),
+)
+
+
+def release(host: Host, served: str, domid: int, uuid: str) -> bool:
+    """Have a guest's ring and nodes given up; of one that is not served is fine. BusError.
+
+    False: storesd does not run. What it held went with it; when it starts it serves those again
+    that are alive then.
+    """
+    if served == SHARED:
+        try:
+            host.bus.release(domid)
+        except BusError as error:
+            if error.errno not in {errno.ENOENT, errno.EINVAL}:  # EINVAL: it was not introduced
+                raise
+        host.bus.rm_many([f"/local/domain/{domid}", f"/vm/{uuid}"])
+    elif served == PRIVATE:
+        if not _storesd_runs():
+            return False
+        host.stores.release(domid)
+    return True
+
+
+def rename(host: Host, record: Record) -> None:
+    """Let a guest know its new name. Raises BusError."""
+    pairs = [
+        (f"/local/domain/{record.domid}/name", record.name),
+        (f"/vm/{record.uuid}/name", record.name),
+    ]
+    if record.store == SHARED:
+        host.bus.write_many(pairs)
+    elif record.store == PRIVATE and _storesd_runs():
+        host.stores.write_many(pairs)
+
+
+def request(host: Host, record: Record, word: str) -> None:
+    """Write what the guest is to do, such as "poweroff", where it looks for it. BusError."""
+    _nodes(host, record).write(_request_path(record), word)
+
+
+def requested(host: Host, record: Record) -> str | None:
+    """What the guest has left of its request: "" once it took it; None: it has no store."""
+    return _nodes(host, record).get(_request_path(record))
+
+
+def _nodes(host: Host, record: Record) -> Bus:
+    return host.stores if record.store == PRIVATE else host.bus
+
+
+def _request_path(record: Record) -> str:
+    return f"/local/domain/{record.domid}/control/shutdown"

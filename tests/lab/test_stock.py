@@ -1,0 +1,370 @@
+"""Stock guests, which have a store of their own and connect their devices themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from chaosd import GUESTS, filled, running
+from command import chaos
+from daemons import (
+    end,
+    ensure_bus,
+    ensure_storesd,
+    ensure_xendevd,
+    start,
+    stop_storesd,
+    storesd_pid,
+    storesd_serves,
+    wait_for,
+)
+from stock import BLOCK, NET, initramfs, unpacked
+from test_create import Footprint
+
+from chaos import config as configuration
+from chaos import store
+from chaos.builder import Builder
+from chaos.client import Chaos
+from chaos.create import CREATE_STEPS, Creation
+from chaos.domains import find, list_domains
+from chaos.host import Host
+from chaos.registry import Registry
+from noxs.bus import Bus
+from noxs.gueststores import GuestStores
+from noxs.storesd import STATE
+from xenctypes.errors import StateError, StepError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+HELLO = "/src/examples/hello.cfg"
+BRIDGE = "xenbr0"
+ADDRESS = "10.77.0.61"
+MAC = "00:16:3e:99:07:02"
+BOOT_SECONDS = 240.0
+"""For a stock kernel whose page tables and processor are both emulated."""
+INIT = f"""#!/bin/busybox sh
+export PATH=/bin
+for tool in mount insmod ip ping dd sleep echo; do busybox ln -s busybox /bin/$tool; done
+mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev
+for module in /*.ko; do insmod $module; done
+until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+ip addr add {ADDRESS}/24 dev eth0
+ip link set eth0 up
+echo network-up
+if [ -e /xen-blkfront.ko ]; then
+    until [ -b /dev/xvda ]; do sleep 0.1; done
+    dd if=/dev/xvda of=/dev/xvda bs=512 count=1 seek=1 conv=fsync
+    echo disk-done
+fi
+while :; do sleep 10; done
+"""
+STEPS = ("load image", "open store", "attach devices", "introduce", "record", "announce")
+"""The steps that a stock guest's create takes otherwise, or after which it has a store."""
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    ensure_bus()
+    ensure_xendevd()
+    subprocess.run(["modprobe", "-a", "xen-netback", "xen-blkback", "loop"], check=True)
+    Registry().prepare()
+    with Host() as opened:
+        if not store.service(opened):
+            ensure_storesd()
+        yield opened
+
+
+@pytest.fixture
+def nothing_left(host: Host) -> Iterator[None]:
+    """What the host holds must be the same after the test, and nobody may know of the guests."""
+    _ = host.evtchn, host.memory, host.bus
+    measured = Footprint(host)
+    yield
+    measured.settled()
+    domains = {str(info.domid) for info in host.ctrl.domain_list()}
+    assert set(host.bus.directory("/local/domain")) <= domains
+    backends = "/local/domain/0/backend/vif"
+    assert not host.bus.exists(backends) or not host.bus.directory(backends)
+    assert not os.path.isdir(STATE) or not os.listdir(STATE)
+    assert not [name for name in os.listdir("/sys/class/net") if name.startswith("vif")]
+
+
+def config_file(directory: Path, kind: str, ramdisk: Path, *more: str) -> str:
+    cfg = directory / "stock.cfg"
+    lines = (
+        'name = "stock"', f'type = "{kind}"', "memory = 192", "vcpus = 2",
+        f'kernel = "{unpacked(directory)}"', f'ramdisk = "{ramdisk}"', 'extra = "console=hvc0"',
+        f'vif = ["bridge={BRIDGE}, mac={MAC}"]', *more,
+    )  # fmt: skip
+    cfg.write_text("\n".join(lines) + "\n")
+    return str(cfg)
+
+
+def answers() -> bool:
+    ping = ["ping", "-c", "1", "-W", "1", ADDRESS]
+    return subprocess.run(ping, check=False, capture_output=True).returncode == 0
+
+
+@contextmanager
+def loop_device(path: Path) -> Iterator[str]:
+    made = subprocess.run(
+        ["losetup", "--show", "-f", str(path)], capture_output=True, text=True, check=True
+    )
+    device = made.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
+def vbd_nodes(domid: int, device: str) -> list[tuple[str, str | int]]:
+    number = os.stat(device).st_rdev
+    front = f"/local/domain/{domid}/device/vbd/51712"
+    back = f"/local/domain/0/backend/vbd/{domid}/51712"
+    fronts = {"backend": back, "backend-id": 0, "virtual-device": 51712, "state": 1}
+    backs = {
+        "frontend": front, "frontend-id": domid, "online": 1, "dev": "xvda", "mode": "w",
+        "device-type": "disk", "type": "phy", "params": device,
+        "physical-device": f"{os.major(number):x}:{os.minor(number):x}", "state": 1,
+    }  # fmt: skip
+    return [(f"{front}/{k}", v) for k, v in fronts.items()] + [
+        (f"{back}/{k}", v) for k, v in backs.items()
+    ]
+
+
+@contextmanager
+def console(name: str, log: Path) -> Iterator[None]:
+    """What the guest says, in a file, and on a failure in the test's report."""
+    silent, keyboard = os.pipe()
+    try:
+        with log.open("wb") as out:
+            attached = subprocess.Popen(["chaos", "console", name], stdin=silent, stdout=out)
+        try:
+            yield
+        finally:
+            attached.terminate()
+            attached.wait(60)
+            sys.stdout.write(log.read_text(errors="replace"))
+    finally:
+        os.close(silent)
+        os.close(keyboard)
+
+
+@pytest.mark.every_release
+def test_linux_gets_its_devices_and_is_shut_down(
+    host: Host, nothing_left: None, tmp_path: Path
+) -> None:
+    """The classic handshake of netfront and blkfront; storesd is killed in between."""
+    image = tmp_path / "disk"
+    image.write_bytes(b"from Dom0".ljust(512, b".") + bytes(1 << 20))
+    cfg = config_file(
+        tmp_path, "pv", initramfs(tmp_path, INIT, NET, BLOCK), 'on_poweroff = "preserve"'
+    )
+    log = tmp_path / "console"
+    with loop_device(image) as loop, GuestStores.connect() as stores, Bus.connect() as bus:
+        domid = json.loads(chaos("create", "-p", "--json", cfg).stdout)["domid"]
+        front, back = f"/local/domain/{domid}/device", f"/local/domain/0/backend/vbd/{domid}/51712"
+        try:
+            assert stores.read(f"/local/domain/{domid}/cpu/1/availability") == "online"
+            assert stores.read(f"/local/domain/{domid}/memory/target") == str(192 << 10)
+            bus.write_many(vbd_nodes(domid, loop))
+            stores.attach(domid, "vbd", 51712, {"virtual-device": 51712, "device-type": "disk"})
+            with console("stock", log):
+                chaos("unpause", "stock")
+                for device in ("vif/0", "vbd/51712"):
+                    wait_for(
+                        lambda device=device: bus.get(f"{front}/{device}/state") == "4",
+                        f"{device} is not connected",
+                        BOOT_SECONDS,
+                    )
+                end(storesd_pid(), signal.SIGKILL)
+                start("storesd")
+                wait_for(storesd_serves, "storesd does not start again")
+                wait_for(answers, "it does not answer", BOOT_SECONDS)
+                wait_for(
+                    lambda: b"disk-done" in log.read_bytes(),
+                    "the disk is not written",
+                    BOOT_SECONDS,
+                )
+                assert not stores.exists(f"/local/domain/{domid}/device/vif/0/script")
+                assert stores.read(f"/local/domain/0/backend/vbd/{domid}/51712/sectors") == "2049"
+                assert not stores.exists(f"/local/domain/0/backend/vbd/{domid}/51712/params")
+                chaos("rename", "stock", "renamed")
+                assert stores.read(f"/local/domain/{domid}/name") == "renamed"
+                chaos("shutdown", "-w", "renamed", timeout=BOOT_SECONDS)
+            assert (
+                json.loads(chaos("list", "-l", "renamed").stdout)[0]["shutdown_reason"]
+                == "poweroff"
+            )
+        finally:
+            bus.write_many([(f"{back}/online", 0), (f"{front}/vbd/51712/state", 6)])
+            wait_for(lambda: bus.get(f"{back}/state") in {"6", None}, "it stays")
+            bus.rm_many([f"/local/domain/0/backend/vbd/{domid}", f"{front}/vbd"])
+            chaos("destroy", str(domid))
+    assert image.read_bytes()[512:521] == b"from Dom0"
+
+
+@pytest.mark.anyhost
+@pytest.mark.every_release
+def test_the_daemon_makes_one_and_finds_it_again(
+    host: Host, nothing_left: None, tmp_path: Path
+) -> None:
+    """As PVH on a host with storesd, as PV and for xl's eyes on one with xenstored."""
+    shared = store.service(host) == store.SHARED
+    cfg = config_file(tmp_path, "pv" if shared else "pvh", initramfs(tmp_path, INIT, NET))
+    with running("[pool]\nadaptive = false\n") as daemon, Chaos() as client:
+        made = client.call("create", path=cfg)
+        assert host.bus.read(f"/local/domain/{made['domid']}/device/vif/0/mac") == MAC
+        if shared:
+            listed = subprocess.run(["xl", "list"], capture_output=True, text=True, check=True)
+            assert "stock" in listed.stdout.split()
+        wait_for(answers, "it does not answer", BOOT_SECONDS)
+        daemon.kill()
+        daemon.start()
+        assert answers()
+        said = client.call("logs", domain="stock")
+        assert b"network-up" in said
+        chaos("shutdown", "-w", "stock", timeout=BOOT_SECONDS)
+        wait_for(lambda: len(host.ctrl.domain_list()) == 1, "it is not destroyed")
+
+
+# Guests that need not run: hello, without the note that says that it speaks noxs.
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> list[str]:
+    """Overrides of hello's configuration for an image that is a stock guest's, with a vif."""
+    kernel = tmp_path / "plain.elf"
+    elf = Path(f"{GUESTS}/hello.elf").read_bytes()
+    assert elf.count(b"noxs\0") == 1
+    kernel.write_bytes(elf.replace(b"noxs\0", b"none\0"))
+    return [f'kernel="{kernel}"', f'vif=["bridge={BRIDGE}"]', 'name="plain"']
+
+
+@pytest.mark.anyhost
+def test_a_failure_at_any_step_leaves_nothing(
+    host: Host, plain: list[str], nothing_left: None
+) -> None:
+    def fail(do: Callable[[Creation], None], *, late: bool) -> Callable[[Creation], None]:
+        def step(creation: Creation) -> None:
+            if late:
+                do(creation)
+            raise StateError("made to fail")
+
+        return step
+
+    config = configuration.load(HELLO, plain)[0]
+    with Builder() as builder:
+        for victim in STEPS:
+            for late in (False, True):
+                steps = [
+                    step._replace(do=fail(step.do, late=late)) if step.name == victim else step
+                    for step in CREATE_STEPS
+                ]
+                with pytest.raises(StepError, match="made to fail") as caught:
+                    Creation(config, host, builder, Registry()).run(steps)
+                assert caught.value.step == victim
+                assert not getattr(caught.value, "__notes__", None)
+
+
+@pytest.mark.anyhost
+def test_a_create_that_is_killed_is_reaped(
+    host: Host, plain: list[str], nothing_left: None
+) -> None:
+    """With a store and a vif; and a guest that another toolstack destroys lets go of both."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+
+        def hang(_: Creation) -> None:
+            os.write(write, b"x")
+            signal.pause()
+
+        steps = [s._replace(do=hang) if s.name == "record" else s for s in CREATE_STEPS]
+        with Host() as own, Builder() as process:
+            Creation(configuration.load(HELLO, plain)[0], own, process, Registry()).run(steps)
+        os._exit(1)
+    os.close(write)
+    assert os.read(read, 1) == b"x"
+    os.close(read)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert [d.name for d in list_domains(host, Registry())] == ["Domain-0"]
+
+    chaos("create", "-q", "-p", HELLO, *plain)
+    host.ctrl.domain_destroy(find(host, Registry(), "plain").domid)
+    wait_for(lambda: len(list_domains(host, Registry())) == 1, "it stays")
+
+
+def test_without_storesd(host: Host, plain: list[str], nothing_left: None) -> None:
+    stop_storesd()
+    try:
+        refused = chaos("create", HELLO, *plain, check=False)
+        assert refused.returncode == 1
+        assert "storesd is not running" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+        # Without devices it needs no store.
+        chaos("create", "-q", "-p", HELLO, *plain, "vif=[]")
+        refused = chaos("shutdown", "plain", check=False)
+        assert "has no store: it cannot be asked to shut down" in refused.stderr
+        chaos("destroy", "plain")
+        start("storesd")
+        wait_for(storesd_serves, "storesd does not start")
+        chaos("create", "-q", "-p", HELLO, *plain)
+        # One that ends while storesd is away: it is not served again.
+        end(storesd_pid(), signal.SIGKILL)
+        chaos("destroy", "plain")
+    finally:
+        ensure_storesd()
+
+
+def test_the_daemon_has_shells_for_them_and_takes_back_what_fails(
+    host: Host, plain: list[str], nothing_left: None
+) -> None:
+    kernel: Any = plain[0].partition("=")[2]
+    settings = f"""
+[pool]
+adaptive = false
+[[flavour]]
+name = "warm"
+type = "pv"
+memory = 4
+kernel = {kernel}
+vif = ["bridge={BRIDGE}"]
+size = 1
+[[flavour]]
+name = "generic"
+type = "pv"
+memory = 4
+size = 1
+"""
+    with running(settings), Chaos() as client:
+        filled(client)
+        made = client.call("create", path=HELLO, overrides=plain, paused=True)
+        domid = made["domid"]
+        assert host.bus.get(f"/local/domain/0/backend/vif/{domid}/0/domain") == "plain"
+        assert host.stores.is_introduced(domid)
+        bare = [plain[0], 'name="bare"']
+        made = client.call("create", path=HELLO, overrides=bare, paused=True)
+        assert host.stores.read(f"/local/domain/{made['domid']}/name") == "bare"
+        served = {flavour["name"]: flavour["served"] for flavour in client.call("pool.list")}
+        assert served == {"warm": 1, "generic": 1}
+        filled(client)
+        stop_storesd()
+        try:
+            failed = chaos("create", HELLO, *plain, 'name="late"', check=False)
+            assert failed.returncode == 1
+            assert "storesd" in failed.stderr
+        finally:
+            ensure_storesd()
+        assert "late" not in {d.name for d in list_domains(host, Registry())}
+        client.call("destroy", all=True)

@@ -1,0 +1,224 @@
+"""A stock guest's store from its opening to its release, with a real storesd and a real noxsd."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import threading
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from noxsd_process import Noxsd
+from stores_host import UUID, Hardware, NoBridge, listener
+
+from chaos import config, control, store
+from chaos.control import Request
+from chaos.destroy import end, strip
+from chaos.registry import Record
+from chaos.steps import perform
+from chaos.store import PRIVATE, SHARED, Tenancy
+from noxs import gueststores, hotplug
+from noxs.abi import ACK_OK, REQUEST_REBOOT
+from noxs.bus import Bus
+from noxs.gueststores import GuestStores
+from noxs.stores import Stores
+from xenctypes.errors import CallFailed, DeviceError, StepError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MAC = b"\x00\x16\x3e\x00\x00\x05"
+FRONT, BACK = "/local/domain/5/device/vif/0", "/local/domain/0/backend/vif/5/0"
+CFG = 'name="web"; memory=64; kernel="k"; vcpus=2; vif=["bridge=br7, mtu=1400, untrusted"]'
+
+
+@pytest.fixture(name="bus")
+def dom0_bus(tmp_path: Path) -> Iterator[Bus]:
+    noxsd = Noxsd(tmp_path).start()
+    with Bus.connect(noxsd.socket) as bus:
+        yield bus
+    noxsd.kill(signal.SIGTERM)
+
+
+@pytest.fixture(name="stores")
+def running_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GuestStores]:
+    path = tmp_path / "stores"
+    monkeypatch.setenv("NOXS_STORES", str(path))
+    lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    hardware = Hardware(tmp_path)
+    hardware.page(5)
+    daemon = Stores(listener(path), hardware, NoBridge(), admit=lambda *_: True)
+    thread = threading.Thread(target=daemon.run)
+    thread.start()
+    try:
+        with GuestStores.connect() as stores:
+            yield stores
+    finally:
+        daemon.stop()
+        thread.join()
+        os.close(lock)
+
+
+@pytest.fixture(name="host")
+def a_host(bus: Bus, stores: GuestStores, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(hotplug, "running", lambda: True)
+    return SimpleNamespace(bus=bus, stores=stores)
+
+
+@pytest.fixture
+def xendevd(bus: Bus) -> Iterator[list[str]]:
+    """Plugs the vif as soon as there is one: with the status in the list, and the cause."""
+    says = [hotplug.CONNECTED, ""]
+    ended = threading.Event()
+
+    def plug() -> None:
+        with Bus.connect(bus.path) as own:
+            own.watch(BACK, "t")
+            while not ended.is_set():
+                if own.events(0.1) and own.get(f"{BACK}/{hotplug.STATUS}") == hotplug.PENDING:
+                    own.write(f"{BACK}/{hotplug.ERROR_TEXT}", says[1])
+                    own.write(f"{BACK}/{hotplug.STATUS}", says[0])
+
+    thread = threading.Thread(target=plug)
+    thread.start()
+    yield says
+    ended.set()
+    thread.join()
+
+
+def tenancy(host: Any, service: str) -> Tenancy:
+    settings = config.from_document(config.xlcfg.parse(CFG, "t"))[0]
+    return Tenancy(host, service, 5, UUID % 5, settings, [MAC], 7, 9)
+
+
+def record(service: str) -> Record:
+    return Record(UUID % 5, "web", domid=5, store=service, macs=[MAC.hex(":")])
+
+
+def test_a_private_store(host: Any, xendevd: list[str]) -> None:
+    perform(store.STEPS, tenancy(host, PRIVATE), [], subject="s")
+    bus, stores = host.bus, host.stores
+    assert stores.is_introduced(5)
+    base = "/local/domain/5"
+    assert stores.read(f"{base}/memory/target") == "65536"
+    assert stores.read(f"{base}/cpu/1/availability") == "online"
+    seen = {key: stores.read(f"{FRONT}/{key}") for key in stores.directory(FRONT)}
+    assert seen == {
+        "backend": BACK, "backend-id": "0", "handle": "0", "mac": MAC.hex(":"), "mtu": "1400",
+        "trusted": "0", "state": "1",
+    }  # fmt: skip
+    assert seen == {key: bus.read(f"{FRONT}/{key}") for key in bus.directory(FRONT)}
+    assert bus.read(f"{BACK}/frontend") == FRONT
+    assert bus.read(f"{BACK}/domain") == "web"
+    assert bus.read(f"{BACK}/state") == "1"
+    assert stores.directory(f"{base}/device") == ["suspend", "vif"]
+    store.rename(host, Record(UUID % 5, "other", domid=5, store=PRIVATE))
+    assert stores.read(f"{base}/name") == "other"
+    for _ in range(2):
+        for take in strip(host, 5, record(PRIVATE)):
+            take()
+    assert not stores.exists(base)
+    assert not bus.exists(base)
+    assert not bus.exists("/local/domain/0/backend/vif/5")
+
+
+def test_a_shared_one(host: Any, xendevd: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its nodes, with libxl's permissions; introducing is xenstored's."""
+    bus = host.bus
+    bus.write("/local/domain/5/stale", "")  # of whoever had the domid before
+    perform(store.STEPS[:2], tenancy(host, SHARED), [], subject="s")
+    perms = {
+        "/local/domain/5": ["n0", "r5"],
+        "/local/domain/5/name": ["n0", "r5"],
+        "/local/domain/5/data": ["n5"],
+        "/local/domain/5/control/shutdown": ["n5"],
+        "/local/domain/5/device/vif": ["n0", "r5"],
+        "/local/domain/5/device/suspend": ["n0", "r5"],
+        FRONT: ["n5", "r0"],
+        BACK: ["n0", "r5"],
+        f"/vm/{UUID % 5}": ["n0", "r5"],
+    }
+    assert {path: bus.perms(path) for path in perms} == perms
+    assert not bus.exists("/local/domain/5/stale")
+    assert bus.read("/local/domain/5/memory/static-max") == "65536"
+    monkeypatch.setattr(Bus, "release", lambda *_: None)
+    for take in strip(host, 5, record(SHARED))[-2:]:
+        take()
+    assert not bus.exists("/local/domain/5")
+    assert not bus.exists("/local/domain/0/backend/vif/5")
+
+
+def test_what_cannot_be_plugged_is_undone(host: Any, xendevd: list[str]) -> None:
+    xendevd[:] = [hotplug.ERROR, "no bridge br7"]
+    wanted = tenancy(host, PRIVATE)
+    with pytest.raises(StepError, match="attach devices: vif 0: no bridge br7"):
+        perform(store.STEPS, wanted, [], subject="s")
+    assert wanted.gone
+    assert not host.stores.exists("/local/domain/5")
+    assert not host.bus.exists("/local/domain/0/backend/vif/5")
+
+
+def test_without_storesd(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert store.service(host) == PRIVATE
+    monkeypatch.setenv("NOXS_STORES", str(tmp_path / "none"))
+    assert store.service(host) == ""
+    settings = tenancy(host, PRIVATE).config
+    with pytest.raises(DeviceError, match="storesd is not running"):
+        store.check(settings, "")
+    store.check(settings, PRIVATE)
+    assert not gueststores.running()
+    assert not store.release(host, PRIVATE, 5, UUID % 5)  # what is not there holds nothing
+
+
+def test_a_request_is_answered_by_taking_it_away(host: Any, monkeypatch: Any) -> None:
+    host.stores.open(5, UUID % 5, "web")
+    asked = Request(record(PRIVATE), REQUEST_REBOOT, None)
+    looker = SimpleNamespace(_host=host)
+    store.request(host, asked.record, control.WORDS[asked.code])
+    control.Control._look(looker, asked)  # type: ignore[arg-type]
+    assert (asked.rung, asked.result, asked.problem()) == (True, None, "has not answered")
+    host.stores.write("/local/domain/5/control/shutdown", "")
+    control.Control._look(looker, asked)  # type: ignore[arg-type]
+    assert asked.result == ACK_OK
+
+
+class Ctrl:
+    """Remembers what is done to a domain."""
+
+    def __init__(self, calls: list[str], failing: str = "") -> None:
+        self.calls = calls
+        self.failing = failing
+
+    def domain_pause(self, _domid: int) -> None:
+        self.calls.append("pause")
+        if self.failing:
+            raise CallFailed(self.failing, 3)
+
+    def domain_destroy(self, _domid: int) -> None:
+        self.calls.append("destroy")
+
+
+@pytest.mark.parametrize("failing", ["", "xc_domain_pause"])
+def test_an_end_does_all_it_can(host: Any, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    calls: list[str] = []
+    host.ctrl = Ctrl(calls, failing)
+    monkeypatch.setattr(store, "release", lambda *_: calls.append("release"))
+    monkeypatch.setattr("chaos.vif.disconnect_all", lambda *_: calls.append("vifs"))
+    info: Any = SimpleNamespace(domid=5, dying=False)
+    if failing:
+        with pytest.raises(CallFailed):
+            end(host, info, record(PRIVATE))
+        assert calls == ["pause", "release", "vifs", "destroy"]
+        return
+    end(host, info, record(PRIVATE))
+    assert calls == ["pause", "release", "vifs", "destroy", "release"]
+    calls.clear()
+    end(host, info, record(SHARED))
+    assert calls == ["pause", "vifs", "release", "destroy"]
+    calls.clear()
+    end(host, info, Record(UUID % 5, "bare", domid=5))
+    assert calls == ["destroy"]
