@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
     from typing import Self
 
+    from chaos.usage import Look
+
 __all__ = ["SOCKET", "Chaos", "Console", "Pending"]
 
 WRITE_MAX = 1 << 16
@@ -69,6 +71,13 @@ class Chaos(Connection):
     def list(self, *domains: str) -> Tables:
         """Domains, all if none are named, as ``chaos list --json`` has them."""
         return self._tables("list", domains=[*domains])
+
+    def usage(self) -> Look:
+        """What each domain has used so far, as ``chaos top`` shows it, without rates."""
+        from chaos.usage import Look, Usage
+
+        seen = self.call("usage")
+        return Look(seen["at"], [Usage(**one) for one in seen["domains"]])
 
     def destroy(self, *domains: str, force: bool = False) -> Tables:
         """End domains; name, domid and uuid of each. ``force``: other toolstacks' too."""

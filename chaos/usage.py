@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from chaos.domains import Domain, list_domains
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from chaos.host import Host
     from chaos.registry import Registry
@@ -24,14 +24,6 @@ UPTIME = "/proc/uptime"
 
 Traffic = tuple[int, int]
 """Bytes that a guest (received, sent), over all its vifs."""
-
-
-class Counters(NamedTuple):
-    """One look at a domain: what only grows while it lives. ``at`` is monotonic, in ns."""
-
-    at: int
-    cpu: int
-    traffic: Traffic
 
 
 class Usage(NamedTuple):
@@ -59,41 +51,45 @@ class Usage(NamedTuple):
     uptime: float | None
 
 
-Key = tuple[str, int]
-"""UUID and domid: a domid comes round again, and a restarted domain keeps its UUID."""
+class Look(NamedTuple):
+    """All domains at one moment, by domid, as yet without rates. ``at`` is monotonic, in ns."""
+
+    at: int
+    usages: list[Usage]
+
+
+def look(host: Host, names: Registry) -> Look:
+    """Look at this host's domains."""
+    domains = list_domains(host, names)
+    at = time.monotonic_ns()
+    network = traffic()
+    return Look(
+        at, [usage(each, network.get(each.domid, (0, 0)), _uptime(each)) for each in domains]
+    )
 
 
 class Sampler:
-    """Looks again and again, and remembers the last counters of each domain that lives."""
+    """Looks again and again, and remembers the last look at each domain that lives."""
 
-    def __init__(self, host: Host, names: Registry) -> None:
-        self._host = host
-        self._names = names
-        self._last: dict[Key, Counters] = {}
+    def __init__(self, look: Callable[[], Look]) -> None:
+        self._look = look
+        self._last = Look(0, [])
 
     def sample(self) -> list[Usage]:
         """All domains now, by domid."""
-        domains = list_domains(self._host, self._names)
-        at = time.monotonic_ns()
-        network = traffic()
-        seen: dict[Key, Counters] = {}
-        usages = []
-        for domain in domains:
-            key = domain.uuid, domain.domid
-            now = Counters(at, domain.info.cpu_time, network.get(domain.domid, (0, 0)))
-            seen[key] = now
-            usages.append(usage(domain, now, self._last.get(key), _uptime(domain)))
-        self._last = seen
-        return usages
+        before, now = self._last, self._look()
+        # A domid comes round again, and a restarted domain keeps its UUID.
+        known = {(one.uuid, one.domid): one for one in before.usages}
+        self._last = now
+        return [
+            one if last is None else with_rates(one, last, now.at - before.at)
+            for one in now.usages
+            for last in (known.get((one.uuid, one.domid)),)
+        ]
 
 
-def usage(domain: Domain, now: Counters, last: Counters | None, uptime: float | None) -> Usage:
-    """What a domain uses, from its counters now and at the last look (None: there was none)."""
-    cpu = rate(now.cpu, last.cpu, now.at - last.at) if last else None
-    rates = [
-        rate(count, before, now.at - last.at) if last else None
-        for count, before in zip(now.traffic, last.traffic if last else (0, 0), strict=True)
-    ]
+def usage(domain: Domain, network: Traffic, uptime: float | None) -> Usage:
+    """What a domain has used so far."""
     info, record = domain.info, domain.record
     return Usage(
         name=domain.name,
@@ -103,17 +99,27 @@ def usage(domain: Domain, now: Counters, last: Counters | None, uptime: float | 
         memory_mib=domain.memory_mib,
         vcpus=info.nr_online_vcpus,
         cpu_seconds=info.cpu_time / 1e9,
-        cpu_percent=None if cpu is None else cpu / 1e7,
-        rx=now.traffic[0],
-        tx=now.traffic[1],
-        rx_rate=rates[0],
-        tx_rate=rates[1],
+        cpu_percent=None,
+        rx=network[0],
+        tx=network[1],
+        rx_rate=None,
+        tx_rate=None,
         ready_ms=record.ready_ms if record else None,
         uptime=uptime,
     )
 
 
-def rate(now: int, before: int, ns: int) -> float | None:
+def with_rates(now: Usage, before: Usage, ns: int) -> Usage:
+    """The same, with what it used a second between two looks ``ns`` nanoseconds apart."""
+    cpu = rate(now.cpu_seconds, before.cpu_seconds, ns)
+    return now._replace(
+        cpu_percent=None if cpu is None else cpu * 100,
+        rx_rate=rate(now.rx, before.rx, ns),
+        tx_rate=rate(now.tx, before.tx, ns),
+    )
+
+
+def rate(now: float, before: float, ns: int) -> float | None:
     """Growth per second; None where time stood still, 0 where a counter started anew.
 
     A vif's counters vanish with the vif, which happens to a domain while it lives.

@@ -1,6 +1,6 @@
 """Vifs as ports of a Linux bridge: what Xen's vif-bridge script does."""
 
-from errno import EEXIST, ENODEV
+from errno import EEXIST, ENODEV, EXFULL
 
 from noxs.hotplug import DeviceError
 from xendevd.netlink import VLAN_INFO_PVID, VLAN_INFO_UNTAGGED, Link, Rtnetlink
@@ -90,6 +90,11 @@ def _one_by_one(route: Rtnetlink, link: Link, *, name: str, mtu: int, master: in
         try:
             route.set_link(link.ifindex, master=master)
         except OSError as error:
+            if error.errno == EXFULL:
+                raise DeviceError(
+                    "joining the bridge: it has as many ports as Linux allows, 1023",
+                    hint="spread the vifs over several bridges",
+                ) from error
             raise _refused(error, "joining the bridge") from error
 
 

@@ -63,6 +63,7 @@ class Calls:
             "unpause": self._pause,
             "rename": self._rename,
             "events": self._events,
+            "usage": self._usage,
             "version": self._version,
             "logs": self._logs,
             "console.attach": self._console,
@@ -182,6 +183,15 @@ class Calls:
 
     async def _version(self, *_: Any) -> dict[str, Any]:
         return {"version": __version__, "protocol": frames.VERSION, "pid": os.getpid()}
+
+    async def _usage(self, *_: Any) -> dict[str, Any]:
+        from chaos.usage import look
+
+        def work(host: Any, names: Any) -> dict[str, Any]:
+            seen = look(host, names)
+            return {"at": seen.at, "domains": [one._asdict() for one in seen.usages]}
+
+        return await self.daemon.in_verb_thread(work)
 
     def _begin_create(
         self, connection: Connection, ident: int, params: dict[str, Any]

@@ -11,17 +11,17 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from chaos.cli import seconds
-from chaos.usage import SORT_KEYS, Sampler, Usage, ordered
+from chaos.usage import SORT_KEYS, Look, Sampler, Usage, look, ordered
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from rich.console import RenderableType
 
     from chaos.invocation import Invocation
 
-LOCAL = True  # it draws on its user's terminal, and takes all that it shows from the host itself
+LOCAL = True  # it draws on its user's terminal
 DELAY = 3.0
 DELAY_MIN = 0.1
 COLUMNS = (
@@ -85,11 +85,20 @@ def run(call: Invocation) -> int:
         return 0
 
 
+def _looking(call: Invocation) -> Callable[[], Look]:
+    """How this user may look: root at the host itself, others through the daemon. NoDaemon."""
+    if os.geteuid() == 0:
+        return lambda: look(call.host, call.names)
+    from chaos.client import Chaos
+
+    return Chaos().usage
+
+
 def _plain(call: Invocation) -> int:
     """One table or document a look; the first comes after a delay, so that it has rates."""
     args = call.args
     left = 1 if args.iterations is None else args.iterations
-    sampler = Sampler(call.host, call.names)
+    sampler = Sampler(_looking(call))
     sampler.sample()
     number = 0
     while not left or number < left:
@@ -167,7 +176,7 @@ def _live(call: Invocation) -> int:
 
     args = call.args
     keys = sorted(SORT_KEYS)
-    sampler = Sampler(call.host, call.names)
+    sampler = Sampler(_looking(call))
     usages = sampler.sample()
     number = 1
     with ExitStack() as stack:

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from chaos import usage as usage_module
 from chaos.domains import Domain
 from chaos.registry import Record
-from chaos.usage import SORT_KEYS, Counters, Sampler, Usage, ordered, rate, traffic, usage
+from chaos.usage import (
+    SORT_KEYS,
+    Sampler,
+    Usage,
+    look,
+    ordered,
+    rate,
+    traffic,
+    usage,
+    with_rates,
+)
 from chaos.verbs import top
 
 UUIDS = {letter: bytes(15) + letter.encode() for letter in "abc"}
@@ -33,9 +43,8 @@ def domain(letter: str, domid: int, cpu: int) -> Domain:
 
 
 def test_percent_and_rates() -> None:
-    last = Counters(1_000_000_000, 5_000_000_000, (100, 1000))
-    now = Counters(3_000_000_000, 6_000_000_000, (300, 5000))
-    used = usage(domain("a", 1, now.cpu), now, last, 2.0)
+    before = usage(domain("a", 1, 5_000_000_000), (100, 1000), 0.0)
+    used = with_rates(usage(domain("a", 1, 6_000_000_000), (300, 5000), 2.0), before, 2 * 10**9)
     assert used.cpu_percent == pytest.approx(50)
     assert (used.rx, used.tx) == (300, 5000)
     assert (used.rx_rate, used.tx_rate) == (100, 2000)
@@ -43,7 +52,7 @@ def test_percent_and_rates() -> None:
 
 
 def test_the_first_look_knows_no_rates() -> None:
-    used = usage(domain("a", 1, 10**9), Counters(1, 10**9, (1, 1)), None, None)
+    used = usage(domain("a", 1, 10**9), (1, 1), None)
     assert used.cpu_percent is used.rx_rate is used.tx_rate is None
     assert "-" in top.cells(used)
 
@@ -70,7 +79,7 @@ def test_a_domid_that_comes_round_again_starts_anew(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(usage_module, "traffic", lambda: {1: (1, 2)})
     host: Any = None
     names: Any = None
-    sampler = Sampler(host, names)
+    sampler = Sampler(lambda: look(host, names))
     percents = [[one.cpu_percent for one in sampler.sample()] for _ in range(4)]
     assert percents == [[None], [100, None], [None, None], [100, 0]]
 

@@ -122,6 +122,17 @@ def test_refusals_name_their_cause() -> None:
     with_bridge(body)
 
 
+def test_a_full_bridge() -> None:
+    class Full:
+        def set_link(self, *_: object, **__: object) -> None:
+            raise OSError(errno.EXFULL, "Exchange full")
+
+    route: Any = Full()
+    link = Link(7, "vif1.0", 1500, up=False, master=0, kind="", vlan_filtering=False)
+    with pytest.raises(DeviceError, match="as many ports as Linux allows"):
+        bridge.configure(route, link, master=3)
+
+
 def test_vlans_of_a_port() -> None:
     def body(route: Rtnetlink, br0: Link) -> None:
         ip("link set br0 type bridge vlan_filtering 1")
