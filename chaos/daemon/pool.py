@@ -494,32 +494,35 @@ class Pool:
             if wait > 0 and not flavour.urgent:
                 self._loop.call_later(wait, self._wake.set)
                 break
-            if self._seeking or not self._may_grow(flavour):
+            if self._seeking:
                 break
             flavour.making += 1
             self.spawn(self._fill(flavour))
             await asyncio.sleep(0)  # the maker is asked before the next one is chosen
 
     def _neediest(self) -> Flavour | None:
+        """The flavour that lacks most; one that there is no room for holds up no other."""
         now = self._loop.time()
         wanting = [
             flavour
             for flavour in self.flavours.values()
             if flavour.missing > 0 and flavour.not_before <= now
         ]
+        room = self._room() if wanting else 0
         return min(
-            wanting, key=lambda f: (not f.urgent, (len(f.shells) + f.making) / f.size), default=None
+            (flavour for flavour in wanting if flavour.config.memory <= room),
+            key=lambda f: (not f.urgent, (len(f.shells) + f.making) / f.size),
+            default=None,
         )
 
-    def _may_grow(self, flavour: Flavour) -> bool:
+    def _room(self) -> int:
+        """MiB that one more shell may have, negative if there may be none."""
         held = [(len(f.shells) + f.making, f.config.memory) for f in self.flavours.values()]
-        shells = sum(count for count, _ in held)
-        memory = sum(count * mib for count, mib in held)
-        need = flavour.config.memory + OVERHEAD_MIB
-        return (
-            shells < self.settings.max_shells
-            and memory + flavour.config.memory <= self.settings.max_memory
-            and self._free_mib() - need >= self.settings.memory_floor
+        if sum(count for count, _ in held) >= self.settings.max_shells:
+            return -1
+        return min(
+            self.settings.max_memory - sum(count * mib for count, mib in held),
+            self._free_mib() - OVERHEAD_MIB - self.settings.memory_floor,
         )
 
     async def _fill(self, flavour: Flavour) -> None:

@@ -13,7 +13,7 @@ from paper_xen import Xen
 
 from chaos.daemon import pool as module
 from chaos.daemon.core import Daemon
-from chaos.daemon.pool import Pool
+from chaos.daemon.pool import OVERHEAD_MIB, Pool
 from chaos.daemon.rights import Peer
 from chaos.daemon.settings import FLAVOURS_MAX, FlavourSpec, Settings
 from chaos.daemon.wanted import want
@@ -212,6 +212,55 @@ def test_what_can_never_fit_costs_no_shells(run: Callable[..., None]) -> None:
         assert len(lab.xen.domains) == 1
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    ("bound", "shells"),
+    [
+        ({"max_shells": 4}, [2, 2]),
+        ({"max_memory": 21}, [3, 1]),  # in which there is no room for the one of 8 MiB at last
+        ({"max_memory": 6}, [1, 0]),
+        ({"max_shells": 0}, [0, 0]),
+        ({"memory_floor": 1024 - 9 - OVERHEAD_MIB}, [2, 0]),
+    ],
+)
+def test_the_pool_is_bounded_and_a_create_is_not(
+    run: Callable[..., None], tmp_path: Path, bound: dict[str, int], shells: list[int]
+) -> None:
+    (tmp_path / "k").write_bytes(b"image")
+
+    async def test(lab: Lab) -> None:
+        pool, calls = lab.pool, lab.xen.calls
+        flavours = [pool.add(spec("small", size=3)), pool.add(spec("big", size=3, memory=8))]
+
+        async def settle() -> None:
+            ticks = calls["physinfo"] + 20
+            counts = []
+
+            def settled() -> bool:
+                counts.append(len(lab.xen.domains))
+                return calls["physinfo"] >= ticks and len(pool._tasks) == len(pool._loops)
+
+            await until(settled)
+            assert max(counts) == counts[-1] == sum(shells)
+            assert [len(flavour.shells) for flavour in flavours] == shells
+
+        await settle()
+        asked = want(config(memory=100))
+        asked.source.kernel = str(tmp_path / "k")
+        (opened,) = asked.source.open()
+        shell = await pool.order(asked.config, asked.source, [opened], room=0)
+        opened.close()
+        assert len(lab.xen.domains) == sum(shells) + 1
+        await pool.discard(shell)
+        for flavour in flavours:  # what is taken is made up for
+            taken = pool.take(flavour.shape, None, 0)
+            if taken is not None:
+                await pool.discard(taken)
+        await settle()
+        assert "problem" not in [kind for kind, _ in lab.told]
+
+    run(test, **bound)
 
 
 def test_flavours_are_bounded_and_keep_their_names(
