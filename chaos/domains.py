@@ -112,7 +112,7 @@ def find(host: Host, names: Registry, wanted: str) -> Domain:
     elif wanted == DOM0:
         info = host.ctrl.domain_info(0)
     else:
-        uuid = names.uuid_of(wanted) or _as_uuid(wanted)
+        uuid = names.uuid_of(wanted) or as_uuid(wanted)
         if uuid is not None:
             info = _by_uuid(host, names, uuid)
         else:
@@ -295,7 +295,8 @@ def _by_name_on_bus(host: Host, names: Registry, name: str) -> DomainInfo | None
     return None
 
 
-def _as_uuid(text: str) -> str | None:
+def as_uuid(text: str) -> str | None:
+    """The UUID that a text is, in the usual notation, or None."""
     try:
         return str(uuid_module.UUID(text))
     except ValueError:

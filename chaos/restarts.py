@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from chaos.configjson import from_dict
+from chaos.domains import as_uuid
 from xenctypes.errors import ChaosError, StateError
 
 if TYPE_CHECKING:
@@ -28,11 +29,15 @@ SUFFIX = ".json"
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """``config`` is what the successor is made from, ``failures`` how often in a row it died."""
+    """``config`` is what the successor is made from, ``failures`` how often in a row it died.
+
+    ``domid`` is that of the dead domain.
+    """
 
     uuid: str
     config: DomainConfig
     failures: int
+    domid: int = -1
 
     def describe(self) -> dict[str, Any]:
         """As ``chaos destroy --json`` tells of one that it called off."""
@@ -47,7 +52,11 @@ class Restarts:
 
     def write(self, restart: Restart) -> None:
         """Keep a restart; StateError if that cannot be."""
-        values = {"failures": restart.failures, "config": restart.config.as_dict()}
+        values = {
+            "failures": restart.failures,
+            "domid": restart.domid,
+            "config": restart.config.as_dict(),
+        }
         path = self._path(restart.uuid)
         try:
             os.makedirs(self._directory, 0o700, exist_ok=True)
@@ -76,7 +85,8 @@ class Restarts:
             try:
                 with open(self._path(uuid), "rb") as file:
                     values = json.load(file)
-                found.append(Restart(uuid, from_dict(values["config"]), int(values["failures"])))
+                config, failures = from_dict(values["config"]), int(values["failures"])
+                found.append(Restart(uuid, config, failures, int(values.get("domid", -1))))
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError, ChaosError):
@@ -92,10 +102,19 @@ class Restarts:
 
     def call_off(self, wanted: str | None = None) -> list[Restart]:
         """Drop the restarts of a name or UUID, or all of them; those that were dropped."""
+        wanted = wanted and (as_uuid(wanted) or wanted)
         return [
             restart
             for restart in self.all()
             if wanted in {None, restart.uuid, restart.config.name} and self.drop(restart.uuid)
+        ]
+
+    def call_off_of(self, domid: str) -> list[Restart]:
+        """The same by the number that the dead domain had, if no other domain has it by now."""
+        return [
+            restart
+            for restart in self.all()
+            if str(restart.domid) == domid and self.drop(restart.uuid)
         ]
 
     def _uuids(self) -> list[str]:

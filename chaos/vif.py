@@ -32,7 +32,7 @@ from noxs.page import Vif, VifQueue
 from xenctypes.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
     from chaos.device import Value
     from chaos.host import Host
@@ -502,10 +502,11 @@ def _watching(bus: Bus, path: str) -> Iterator[Callable[[float], Iterator[None]]
         bus.unwatch(path, token)
 
 
-def taken_macs(bus: Bus) -> set[str]:
+def taken_macs(bus: Bus, ours: Container[int] = frozenset()) -> set[str]:
     """MAC addresses on this host that no record of ours tells of.
 
-    Dom0's own interfaces, and the vifs of other toolstacks, which exist only beside xenstored.
+    Dom0's own interfaces, and the vifs of other toolstacks, which exist only beside xenstored: of
+    all domains there but ``ours``.
     """
     taken = set()
     for name in os.listdir("/sys/class/net"):
@@ -517,6 +518,7 @@ def taken_macs(bus: Bus) -> set[str]:
         paths = [
             f"{base}/{domid}/{devid}/mac"
             for domid in bus.directory(base)
+            if int(domid) not in ours
             for devid in bus.directory(f"{base}/{domid}")
         ]
         taken |= {mac.lower() for mac in bus.read_many(paths) if mac}

@@ -109,6 +109,7 @@ class ConsoleHub:
         self._turn_timer: asyncio.TimerHandle | None = None
         self._rest_until = 0.0
         self._spent = 0.0  # CPU time for events since the last turn
+        self._held: set[_Guest] = set()  # and some that were removed since
         self._held_timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._loop.add_reader(self._evtchn.fd, self._on_events)
@@ -222,6 +223,7 @@ class ConsoleHub:
         port = bind_console(self._host, self._evtchn.bind_interdomain, guest.domid, guest.channel)
         guest.held = port is None
         if guest.held:
+            self._held.add(guest)
             if self._held_timer is None:
                 self._held_timer = self._loop.call_later(RETRY_SECONDS, self._retry)
             return
@@ -232,8 +234,9 @@ class ConsoleHub:
 
     def _retry(self) -> None:
         self._held_timer = None
-        for guest in list(self._guests.values()):
-            if guest.held:
+        held, self._held = self._held, set()
+        for guest in held:
+            if guest.ring is not None:
                 try:
                     self._bind(guest)
                 except CallFailed as error:

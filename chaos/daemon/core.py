@@ -202,7 +202,7 @@ class Daemon:
                 await self._refresh_macs()
             await asyncio.sleep(TICK)
             try:
-                self.guests.notice_others()
+                await self.guests.notice_others()
             except Exception as error:  # noqa: BLE001 - the next tick may have better luck
                 self.log(f"domains of other commands were not looked for: {error}")
 
@@ -245,8 +245,9 @@ class Daemon:
 
     async def _refresh_macs(self) -> None:
         """Look at the addresses that Dom0 and other toolstacks' guests have."""
+        ours = self.guests.domids() | self.pool.domids()
         with contextlib.suppress(ChaosError, OSError):
-            macs = await self.in_thread(lambda host, _: vif.taken_macs(host.bus))
+            macs = await self.in_thread(lambda host, _: vif.taken_macs(host.bus, ours))
             self._dom0_macs = frozenset(macs)
 
     def _from_pool(self, wanted: Wanted, peer: Peer) -> Shell | None:

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 import uuid as uuid_module
-from time import monotonic, perf_counter_ns
+from time import monotonic, perf_counter_ns, time_ns
 from typing import TYPE_CHECKING, TypeVar
 
 from chaos import afterlife
@@ -24,7 +24,7 @@ from chaos.configjson import from_dict
 from chaos.destroy import destroy
 from chaos.domains import find as find_domain
 from chaos.domains import reap_one, shutdown_name, unfinished
-from chaos.registry import RUNNING
+from chaos.registry import BUILDING, RUNNING
 from chaos.restarts import Restart, Restarts
 from noxs.abi import STATE_READY
 from noxs.page import read_guest_words
@@ -51,6 +51,8 @@ EVENTS_MAX = 64
 EVENTS_FREE = 8
 """Events of a guest that is not ready yet, after which the next one is heard later and later."""
 EVENT_PAUSE, EVENT_PAUSE_MAX = 0.01, 1.0
+MTIME_GRAIN = 50_000_000
+"""Nanoseconds within which two changes of a directory may leave it the same time."""
 RETRY_SECONDS, RETRY_MAX = 1.0, 60.0
 """Seconds until a channel that another process has is asked for again, the first and last time."""
 
@@ -131,6 +133,7 @@ class Guests:
         self._ending: set[str] = set()
         self._refused: set[str] = set()
         self._seen_mtime = 0
+        self._unsettled: set[str] = set()
 
     def start(self) -> None:
         """Hear of deaths and of ready events."""
@@ -299,17 +302,42 @@ class Guests:
                 self.daemon.spawn(self._restart(restart))
         self.look_soon()
 
-    def notice_others(self) -> None:
-        """Adopt domains that commands without the daemon made meanwhile."""
+    def domids(self) -> set[int]:
+        """Those of all guests."""
+        return {guest.domid for guest in self.by_uuid.values()}
+
+    async def notice_others(self) -> None:
+        """Adopt domains that commands without the daemon made meanwhile.
+
+        Where nothing happened this is one look at a directory, however many guests there are.
+        """
         try:
             mtime = os.stat(f"{self.names.path}/domains").st_mtime_ns
         except FileNotFoundError:
             return
-        if mtime == self._seen_mtime:
+        if mtime == self._seen_mtime and not self._unsettled:
             return
-        self._seen_mtime = mtime
-        for uuid in self.names.uuids():
-            if uuid not in self.by_uuid:
+        # What changes in the same tick of the kernel's clock leaves the time as it is.
+        settled = time_ns() - mtime > MTIME_GRAIN
+        everything = mtime != self._seen_mtime
+        known = {*self.by_uuid, *self._ending, *self.daemon.pool.uuids()}
+        unsettled = self._unsettled
+
+        def read(_host: Host, names: Registry) -> list[tuple[str, Record | None]]:
+            found: list[tuple[str, Record | None]] = []
+            for uuid in set(names.uuids() if everything else unsettled) - known:
+                with contextlib.suppress(ChaosError):  # damaged: chaos list tells of it
+                    found.append((uuid, names.read(uuid)))
+            return found
+
+        found = await self.daemon.in_thread(read)
+        self._seen_mtime = mtime if settled else 0
+        # One that is being built comes to run without a change in the directory of all.
+        self._unsettled = {
+            uuid for uuid, record in found if record is not None and record.state == BUILDING
+        }
+        for uuid, record in found:
+            if record is not None and record.state == RUNNING:
                 self.lookup(uuid)
 
     def info(self, domid: int, uuid: str) -> DomainInfo | None:
@@ -433,9 +461,9 @@ class Guests:
             return
         failures = guest.failures + 1 if monotonic() - guest.born < afterlife.YOUNG else 0
         uuid = guest.uuid
-        restart = Restart(uuid, afterlife.successor(guest.config, record), failures)
+        restart = Restart(uuid, afterlife.successor(guest.config, record), failures, guest.domid)
         if action != "destroy":
-            await self._insist(guest, lambda _host, _names: self.restarts.write(restart))
+            await self._insist(guest, lambda _host, names: self._plan(restart, names))
         if action == "rename-restart":
             kept = await self._insist(
                 guest, lambda host, names: afterlife.set_aside(host, names, uuid)
@@ -451,6 +479,12 @@ class Guests:
         self._ending.discard(uuid)
         if action != "destroy":
             await self._restart(restart)
+
+    def _plan(self, restart: Restart, names: Registry) -> None:
+        """Write a restart down, unless somebody has destroyed the dead domain by now."""
+        self.restarts.write(restart)
+        if not names.has(restart.uuid):  # whoever destroys it from now on finds what we wrote
+            self.restarts.drop(restart.uuid)
 
     def _keep(self, uuid: str) -> None:
         """Look after a dead domain that was set aside, until it is destroyed."""

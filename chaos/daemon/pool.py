@@ -285,6 +285,14 @@ class Pool:
         await asyncio.gather(*map(self.discard, shells))
         return len(shells)
 
+    def uuids(self) -> set[str]:
+        """Those of the shells on the shelves."""
+        return {shell.uuid for flavour in self.flavours.values() for shell in flavour.shells}
+
+    def domids(self) -> set[int]:
+        """Theirs as well."""
+        return {shell.domid for flavour in self.flavours.values() for shell in flavour.shells}
+
     async def change(self) -> None:
         """Wait until a flavour has more shells, or a problem."""
         waiter = self._loop.create_future()

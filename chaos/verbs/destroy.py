@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from chaos.destroy import destroy
 from chaos.domains import find, list_domains
 from chaos.restarts import Restarts
-from xenctypes.errors import ChaosError, UsageError
+from xenctypes.errors import ChaosError, StateError, UsageError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -39,24 +39,44 @@ def run(call: Invocation) -> int:
     else:
         targets = args.domains
     restarts = Restarts(call.names)
-    called_off = restarts.call_off() if args.all else []
+    called_off = {each.uuid: each.describe() for each in (restarts.call_off() if args.all else ())}
     failure: ChaosError | None = None
-    gone: list[dict[str, Any]] = []
+    gone: dict[str, dict[str, Any]] = {}
     for wanted in targets:
-        called_off += restarts.call_off(wanted)
         try:
-            domain = find(call.host, call.names, wanted)
-            destroy(call.host, call.names, domain, force=args.force)
+            destroyed = _destroy(call, restarts, wanted)
         except ChaosError as error:
-            if any(wanted in {each.uuid, each.config.name} for each in called_off):
+            if wanted in called_off:
                 continue  # it was dead, and waited to be created again
             if failure is not None:
                 error.add_note(str(failure))
             failure = error
         else:
-            gone.append({"name": domain.name, "domid": domain.domid, "uuid": domain.uuid})
+            (called_off if destroyed["domid"] is None else gone)[destroyed["uuid"]] = destroyed
     if args.json:
-        call.print_json(gone + [each.describe() for each in called_off])
+        call.print_json([*(called_off | gone).values()])
     if failure is not None:
         raise failure
     return 0
+
+
+def _destroy(call: Invocation, restarts: Restarts, wanted: str) -> dict[str, Any]:
+    """End a domain, or the wait of a dead one for its restart: what that was. ChaosError."""
+    called_off = restarts.call_off(wanted)
+    try:
+        domain = find(call.host, call.names, wanted)
+    except StateError:
+        if not called_off and wanted.isascii() and wanted.isdigit():
+            called_off = restarts.call_off_of(wanted)
+        if not called_off:
+            raise
+        return called_off[0].describe()
+    called_off += restarts.call_off(domain.uuid)
+    try:
+        destroy(call.host, call.names, domain, force=call.args.force)
+    except ChaosError:
+        if not called_off:
+            raise
+        return called_off[0].describe()
+    restarts.call_off(domain.uuid)  # its death may have been noticed meanwhile
+    return {"name": domain.name, "domid": domain.domid, "uuid": domain.uuid}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from chaos.console import Console
 from chaos.consolelog import LOG_MAX, ConsoleLog, Escaper, LogTail, last_lines
 from chaos.death import POLL_SECONDS, DeathWatch
-from chaos.domains import owned
+from chaos.domains import as_uuid, owned
 from xenctypes.errors import StateError, UsageError
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _recorded(call: Invocation) -> Record | None:
     wanted = call.args.domain
     if wanted.isascii() and wanted.isdigit():
         return None
-    uuid = call.names.uuid_of(wanted) or _as_uuid(wanted)
+    uuid = call.names.uuid_of(wanted) or as_uuid(wanted)
     return call.names.read(uuid) if uuid else None
 
 
@@ -193,13 +193,6 @@ def _log(call: Invocation, record: Record) -> ConsoleLog:
 
 def _directory(call: Invocation, record: Record) -> str:
     return f"{call.names.path}/domains/{record.uuid}"
-
-
-def _as_uuid(text: str) -> str | None:
-    try:
-        return str(uuid_module.UUID(text))
-    except ValueError:
-        return None
 
 
 def _lines(text: str) -> int:

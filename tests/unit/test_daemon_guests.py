@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from paper_xen import Xen
 
-from chaos import afterlife
+from chaos import afterlife, registry
 from chaos.daemon import guests as module
 from chaos.daemon.guests import EVENTS_FREE, Guest, Guests
 from chaos.domconfig import DomainConfig
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from chaos.restarts import Restart
+
 A = "00000000-0000-4000-8000-00000000000a"
+B = "00000000-0000-4000-8000-00000000000b"
+SHELL = "00000000-0000-4000-8000-00000000000c"
 PATIENCE = 10.0
 BUSY = CallFailed("xen", errno.EBUSY)
 
@@ -41,6 +47,8 @@ class Lab:
         self.again: list[str] = []
         self.loop = asyncio.get_running_loop()
         self.tasks: list[asyncio.Task[Any]] = []
+        self.pool = SimpleNamespace(uuids=set)
+        self.threads = 0
         daemon: Any = self
         self.guests = Guests(daemon)
 
@@ -55,6 +63,7 @@ class Lab:
         self.tasks.append(self.loop.create_task(work))
 
     async def in_thread(self, function: Callable[[Any, Registry], Any]) -> Any:
+        self.threads += 1
         return function(self.host, Registry(self.names.path))
 
     def consoles_add(self, guest: Guest) -> None:
@@ -192,6 +201,30 @@ def test_a_restart_outlives_a_failure_of_the_end(
     run(test)
 
 
+def test_a_guest_that_is_destroyed_while_its_death_is_seen_to_is_not_restarted(
+    run: Callable[..., None],
+) -> None:
+    async def test(lab: Lab) -> None:
+        record = lab.record(shutdown=True)
+        lab.xen.domains[record.domid].shutdown_reason = 3
+        lab.adopted(record)
+        write = lab.guests.restarts.write
+
+        def late(restart: Restart) -> None:
+            lab.xen.domains.clear()
+            with lab.names.entry(A) as entry:
+                lab.names.forget(entry, record)
+            write(restart)
+
+        lab.guests.restarts.write = late  # type: ignore[method-assign]
+        lab.guests._look_now()
+        await lab.tasks[0]
+        assert lab.again == []
+        assert lab.kinds()[-1] == "restart called off"
+
+    run(test)
+
+
 def test_destroyed_is_told_when_it_is(run: Callable[..., None]) -> None:
     async def test(lab: Lab) -> None:
         guest = lab.adopted(lab.record())
@@ -226,6 +259,47 @@ def test_a_channel_that_another_command_has_is_asked_for_again(
         assert await waiter == "ready"
         assert lab.guests.by_port == {guest.port: guest}
         assert lab.xen.calls["bind_interdomain"] > 2
+
+    run(test)
+
+
+def test_what_other_commands_make_is_noticed_and_nothing_costs_nothing(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    class Watched(Registry):
+        def read(self, uuid: str) -> Record | None:
+            read.append(uuid)
+            return super().read(uuid)
+
+    async def test(lab: Lab) -> None:
+        guests, directory = lab.guests, f"{lab.names.path}/domains"
+        old = lab.record()
+        lab.adopted(old)
+        lab.pool.uuids = lambda: {SHELL}
+        lab.names.add_shell(Record(SHELL, "", state=registry.SHELL)).close()
+        # Another command makes a domain, and is seen at it.
+        record = Record(B, "other", registry.BUILDING, lab.xen.create(B, paused=False))
+        entry = lab.names.reserve(record)
+        monkeypatch.setattr("test_daemon_guests.Registry", Watched)
+        await guests.notice_others()
+        assert read == [B]
+        assert B not in guests.by_uuid
+        os.utime(directory, ns=(1, 1))  # the clock's tick is over
+        await guests.notice_others()
+        record.state, record.config = RUNNING, old.config
+        entry.write(record)
+        entry.close()
+        assert os.stat(directory).st_mtime_ns == 1
+        await guests.notice_others()
+        assert guests.by_uuid[B].name == "other"
+        # From now on nothing happens.
+        threads = lab.threads
+        read.clear()
+        for _ in range(5):
+            await guests.notice_others()
+        assert (lab.threads, read) == (threads, [])
 
     run(test)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from paper_xen import Xen
 
 from chaos import config as configuration
-from chaos.registry import Registry
+from chaos.registry import RUNNING, Record, Registry
 from chaos.restarts import Restart, Restarts
+from chaos.verbs import destroy
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
@@ -48,10 +52,66 @@ def test_they_are_called_off_by_name_and_by_uuid(tmp_path: Path, restarts: Resta
     assert restarts.call_off("three") == []
     assert restarts.call_off("one") == [one]
     assert restarts.call_off("one") == []
-    assert restarts.call_off(TWO) == [two]
+    assert restarts.call_off(TWO.upper().replace("-", "")) == [two]
     restarts.write(one)
     restarts.write(two)
     assert {each.uuid for each in restarts.call_off()} == {ONE, TWO}
+
+
+class Host:
+    """A host, and ``chaos destroy`` on it."""
+
+    def __init__(self, names: Registry) -> None:
+        self.xen = Xen()
+        self.names = names
+        self.printed: list[Any] = []
+
+    def destroy(self, *domains: str, everything: bool = False) -> list[tuple[str, int | None]]:
+        """The names and domids of what was destroyed or called off."""
+        args = SimpleNamespace(domains=[*domains], all=everything, force=False, json=True)
+        call: Any = SimpleNamespace(
+            args=args, host=self.xen.host, names=self.names, print_json=self.printed.append
+        )
+        assert destroy.run(call) == 0
+        return [(each["name"], each["domid"]) for each in self.printed.pop()]
+
+    def guest(self, uuid: str, name: str) -> int:
+        domid = self.xen.create(uuid)
+        self.names.reserve(Record(uuid, name, RUNNING, domid)).close()
+        return domid
+
+
+@pytest.mark.parametrize("by", ["name", "uuid", "domid", "all"])
+def test_a_destroy_calls_a_restart_off(tmp_path: Path, restarts: Restarts, by: str) -> None:
+    host = Host(Registry(str(tmp_path)))
+    host.names.prepare()
+    domid = host.guest(ONE, "one")
+    wanted = {"name": "one", "uuid": ONE, "domid": str(domid)}
+    words = [wanted[by]] if by in wanted else []
+    one = replace(restart(tmp_path, ONE, "one"), domid=domid)
+    restarts.write(one)
+    # The dead domain is still there.
+    assert host.destroy(*words, everything=by == "all") == [("one", domid)]
+    assert restarts.all() == []
+    # It is gone by now, and waits.
+    restarts.write(one)
+    assert host.destroy(*words, everything=by == "all") == [("one", None)]
+    assert restarts.all() == []
+    if words:
+        with pytest.raises(StateError, match="no domain"):
+            host.destroy(*words)
+
+
+def test_a_number_that_another_domain_has_is_that_domain_s(
+    tmp_path: Path, restarts: Restarts
+) -> None:
+    host = Host(Registry(str(tmp_path)))
+    host.names.prepare()
+    domid = host.guest(TWO, "two")
+    one = replace(restart(tmp_path, ONE, "one"), domid=domid)
+    restarts.write(one)
+    assert host.destroy(str(domid)) == [("two", domid)]
+    assert restarts.all() == [one]
 
 
 def test_what_cannot_be_read_is_dropped(tmp_path: Path, restarts: Restarts) -> None:
