@@ -418,7 +418,7 @@ def populate(ctrl: Xenctrl, domid: int, kind: str, mib: int) -> DomBuilder:
 def last_frames(build: DomBuilder, count: int) -> list[int]:
     """The frames of the last pages of a domain that was populated: the toolstack's."""
     top = _top(build)
-    return [build.p2m(pfn) for pfn in range(top - count, top)]
+    return build.p2m(*range(top - count, top))
 
 
 def _top(build: DomBuilder) -> int:
@@ -513,6 +513,4 @@ def _load(build: DomBuilder, request: dict[str, Any], fds: list[int]) -> Loaded:
     _check_reserved(build, request["reserved"])
     build.boot_image()
     build.gnttab_init()
-    return Loaded(
-        build.p2m(build.console_pfn), build.p2m(build.xenstore_pfn), build.p2m(build.start_info_pfn)
-    )
+    return Loaded(*build.p2m(build.console_pfn, build.xenstore_pfn, build.start_info_pfn))

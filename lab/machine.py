@@ -55,12 +55,13 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """How a lab is booted. Sizes are in bytes."""
+    """How a lab is booted. Sizes are in bytes; ``dom0_cpus`` 0 stands for all of them."""
 
     debian: str = "12"
     memory: int = 4 << 30
     dom0_memory: int = 1 << 30
     cpus: int = 2
+    dom0_cpus: int = 0
     xenstored: bool = False
     init: str = "lab"
 
@@ -85,6 +86,8 @@ class Options:
             )
         if not 1 <= self.cpus <= (os.cpu_count() or 1):
             raise UsageError(f"--cpus {self.cpus}: this machine has {os.cpu_count()}")
+        if not 0 <= self.dom0_cpus <= self.cpus:
+            raise UsageError(f"--dom0-cpus {self.dom0_cpus}: the lab has {self.cpus}")
 
 
 def _mb(size: int) -> str:
@@ -294,7 +297,8 @@ def _launch(machine: Machine, image: Image, wheels: Path, lock: IO[str], *, keep
         " net.ifnames=0 mitigations=off"
     )
     xen_line = (
-        f"console=com1 com1=115200,8n1 dom0_mem={dom0},max:{dom0} dom0_max_vcpus={options.cpus}"
+        f"console=com1 com1=115200,8n1 dom0_mem={dom0},max:{dom0}"
+        f" dom0_max_vcpus={options.dom0_cpus or options.cpus}"
         " ucode=no no-bootscrub spec-ctrl=no xpti=no noreboot loglvl=warning guest_loglvl=warning"
     )
     serial = f"socket,id=serial,path={machine.serial_socket},server=on,wait=off"

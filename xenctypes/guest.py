@@ -370,8 +370,8 @@ class DomBuilder(Handle):
 
     # Frames, after boot_mem_init
 
-    def p2m(self, pfn: int) -> int:
-        """The frame behind a pfn of this domain: its mfn, and in an HVM container the pfn itself.
+    def p2m(self, *pfns: int) -> list[int]:
+        """The frames behind pfns of this domain: mfns, and in an HVM container the pfns themselves.
 
         Raises CallFailed (EFAULT) if there is none. xc_dom_p2m in xenguest.h.
         """
@@ -380,29 +380,33 @@ class DomBuilder(Handle):
                 "xc_dom_p2m", ECANCELED, f"this build ended when {self._failed} failed"
             )
         if self._lib.xc_dom_translated(self.raw):
-            return pfn
+            return list(pfns)
         table = self._address("pv_p2m")
-        if not table or not 0 <= pfn < min(self.total_pages, self.p2m_size):
-            raise CallFailed("xc_dom_p2m", EFAULT, f"pfn {pfn:#x}")
-        mfn = c_uint64.from_address(table + 8 * pfn).value
-        if mfn == INVALID_MFN:
-            raise CallFailed("xc_dom_p2m", EFAULT, f"pfn {pfn:#x}")
-        return mfn
+        end = min(self.total_pages, self.p2m_size)
+        found = []
+        for pfn in pfns:
+            mfn = INVALID_MFN
+            if table and 0 <= pfn < end:
+                mfn = c_uint64.from_address(table + 8 * pfn).value
+            if mfn == INVALID_MFN:
+                raise CallFailed("xc_dom_p2m", EFAULT, f"pfn {pfn:#x}")
+            found.append(mfn)
+        return found
 
     @property
     def console_mfn(self) -> int:
         """The frame of the console ring, after ``build_image``."""
-        return self.p2m(self.console_pfn)
+        return self.p2m(self.console_pfn)[0]
 
     @property
     def xenstore_mfn(self) -> int:
         """The frame of the store ring, after ``build_image``."""
-        return self.p2m(self.xenstore_pfn)
+        return self.p2m(self.xenstore_pfn)[0]
 
     @property
     def start_info_mfn(self) -> int:
         """The frame of start_info, after ``build_image``."""
-        return self.p2m(self.start_info_pfn)
+        return self.p2m(self.start_info_pfn)[0]
 
     def _set_text(self, name: str, text: bytes) -> None:
         self._blobs.append(text)

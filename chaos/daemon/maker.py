@@ -27,7 +27,7 @@ import resource
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import msgpack
@@ -43,14 +43,17 @@ from noxs.page import encode
 from xenctypes.errors import CallFailed, ChaosError, ImageError, StepError
 
 if TYPE_CHECKING:
-    from chaos.image import Identity, OpenImage
+    from chaos.image import Identity, ImageInfo, OpenImage
     from xenctypes.guest import DomBuilder
 
 MESSAGE_MAX = 1 << 18
 NICE = 10
-DIGESTS_MAX = 64
+VERSIONS_MAX = 64
+"""Versions of image files that a maker remembers something of."""
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
+
+Kept = TypeVar("Kept")
 
 
 class LocalBuilder:
@@ -98,6 +101,7 @@ class Maker:
         self.builder = LocalBuilder(self.host)
         self.shells: dict[str, Creation] = {}
         self.digests: dict[Identity, str] = {}
+        self.infos: dict[Identity, ImageInfo] = {}
 
     def serve(self) -> None:
         """Answer until the daemon closes its end."""
@@ -184,20 +188,26 @@ class Maker:
     def _open(self, creation: Creation, fds: list[int]) -> None:
         path = creation.config.kernel
         creation.kernel = _adopt(fds, 0, path)
-        creation.info = inspect(creation.kernel, payload=False)
+        creation.info = self._inspect(creation.kernel)
         check_type(creation.info, creation.config.type, path=path)
         check_abi(creation.info)
         if len(fds) > 1:
             creation.ramdisk = _adopt(fds, 1, creation.config.ramdisk)
+
+    def _inspect(self, image: OpenImage) -> ImageInfo:
+        """What an image is; of a version of a file that was looked at before, from memory."""
+        found = self.infos.get(image.identity)
+        if found is None or found.path != image.path:
+            found = inspect(image, payload=False)
+            _remember(self.infos, image.identity, found)
+        return found
 
     def _digest(self, image: OpenImage | None) -> str:
         """The image's SHA-256; of a version of a file that was read before, from memory."""
         if image is None:
             return ""
         if image.identity not in self.digests:
-            if len(self.digests) >= DIGESTS_MAX:
-                self.digests.clear()
-            self.digests[image.identity] = image.digest()
+            _remember(self.digests, image.identity, image.digest())
         return self.digests[image.identity]
 
     def _describe(
@@ -218,6 +228,12 @@ class Maker:
             "digest": digest,
             "timings": [[t.name, t.phase, t.category, t.ns] for t in timings],
         }
+
+
+def _remember(memory: dict[Identity, Kept], identity: Identity, value: Kept) -> None:
+    if len(memory) >= VERSIONS_MAX:
+        memory.clear()
+    memory[identity] = value
 
 
 def _adopt(fds: list[int], index: int, path: str) -> OpenImage:

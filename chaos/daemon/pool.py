@@ -358,7 +358,8 @@ class Pool:
         short = self._free_mib() < config.memory + OVERHEAD_MIB
         self._seeking += short  # what is given back now is not for the refill
         try:
-            await self._find_memory(config.memory)
+            if short:
+                await self._find_memory(config.memory)
             return await self._finish(
                 self.make(config, opened, source.key_of(opened), room=room, urgent=True)
             )

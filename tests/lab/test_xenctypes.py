@@ -482,7 +482,7 @@ def test_a_domain_is_built_and_speaks(host: Host, memory: ForeignMemory) -> None
         Evtchn() as evtchn,
     ):
         frames = [builder.start_info_mfn, builder.console_mfn, builder.xenstore_mfn]
-        assert builder.p2m(builder.console_pfn) == frames[1]
+        assert builder.p2m(builder.console_pfn) == [frames[1]]
         with pytest.raises(CallFailed):
             builder.p2m(builder.total_pages)
         builder.release()

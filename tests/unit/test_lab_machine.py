@@ -46,6 +46,7 @@ def test_any_other_size_is_refused(text: str) -> None:
         (Options(dom0_memory=64 << 20), "does not start in 64 MB"),
         (Options(cpus=10_000), "this machine has"),
         (Options(cpus=0), "this machine has"),
+        (Options(cpus=1, dom0_cpus=2), "the lab has 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: Options, words: str) -> None:

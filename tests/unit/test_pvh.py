@@ -80,7 +80,7 @@ def test_libxenguest_takes_an_image_for_the_container() -> None:
         build = hvm(xenctrl, image(notes=note(6, b"test\0") + PVH_NOTE))
         build.parse_image()
         assert build.guest_type == builder.GUEST_TYPES["pvh"]
-        assert build.p2m(5) == 5
+        assert build.p2m(5, 7) == [5, 7]
         build.release()
         build = hvm(xenctrl, image())
         with pytest.raises(CallFailed, match="xc_dom_parse_image"):
@@ -164,8 +164,8 @@ def test_the_image_stays_below_the_toolstack_s_pages(
 
 def test_the_toolstack_s_pages_lie_below_the_hole() -> None:
     class Low(Built):
-        def p2m(self, pfn: int) -> int:
-            return pfn
+        def p2m(self, *pfns: int) -> list[int]:
+            return list(pfns)
 
     large: Any = Low(0, 8192)
     assert builder.last_frames(large, 2) == [0xFC000 - 2, 0xFC000 - 1]
