@@ -1,4 +1,4 @@
-"""What a toolstack and xendevd agree on: who plugs a vif, and how one hears of it.
+"""What a toolstack and xendevd agree on: who plugs a vif or a disk, and how one hears of it.
 
 docs/xendevd.md has the order of events. In short: the toolstack writes the
 backend's nodes with ``hotplug-status`` empty; netback holds back its state 4 until
@@ -17,6 +17,14 @@ ERROR_TEXT = "hotplug-error"
 PENDING = ""
 CONNECTED = "connected"
 ERROR = "error"
+
+BLOCK_SCRIPT = "block-xendevd"
+"""The ``script`` of the disks that xendevd sets up, on every host."""
+IDENTITY = "identity"
+"""The node of a disk that says what its ``params`` led to when the toolstack looked
+(noxs.blockdev.identity); xendevd takes nothing else for it."""
+TYPE_FILE, TYPE_DEVICE = "file", "phy"
+PHYSICAL_DEVICE = "physical-device"
 
 LOCK = "/run/xendevd.lock"
 """xendevd holds an flock on this file for as long as it runs; the file itself stays."""

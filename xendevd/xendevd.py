@@ -1,4 +1,4 @@
-"""xendevd: plugs the vifs of a Xen host's guests into its bridges, with no script and no fork.
+"""xendevd: plugs the vifs of Xen guests and sets up their disks, with no script and no fork.
 
 ::
 
@@ -7,7 +7,8 @@
                                      ^                 |  bus lost, events lost
                                      +-----------------+
 
-It starts as root and keeps CAP_NET_ADMIN. docs/xendevd.md is for its users.
+It starts as root and keeps CAP_NET_ADMIN, and CAP_DAC_OVERRIDE for files that are not root's.
+docs/xendevd.md is for its users.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from noxs import privileges
 from noxs.bus import Bus
 from noxs.daemon import notify_manager
 from noxs.hotplug import LOCK, BusError, ChaosError
-from xendevd.monitor import Monitor, present
+from xendevd.block import Disks
+from xendevd.monitor import Monitor, VbdEvent, VifEvent, present, present_disks
 from xendevd.netlink import Rtnetlink
 from xendevd.openvswitch import OpenVSwitch
 from xendevd.plugger import Plugger
@@ -44,11 +46,12 @@ def log(text: str, *, level: int = 6) -> None:
 
 
 class Daemon:
-    """The loop around a Plugger."""
+    """The loop around a Plugger and Disks."""
 
-    def __init__(self, monitor: Monitor, plugger: Plugger) -> None:
+    def __init__(self, monitor: Monitor, plugger: Plugger, disks: Disks) -> None:
         self.monitor = monitor
         self.plugger = plugger
+        self.disks = disks
         self.stopping = False
         self._again: float | None = None  # when to catch up, on the monotonic clock
         self._wake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -59,9 +62,10 @@ class Daemon:
         self.stopping = True
 
     def catch_up(self) -> None:
-        """Plug the vifs that came while nobody listened."""
+        """Serve the vifs and disks that came while nobody listened."""
         self._again = None
         try:
+            self.disks.catch_up(present_disks())
             self.plugger.handle(self.plugger.pending(present()))
             self.plugger.reconcile()
             self.plugger.report()
@@ -90,9 +94,10 @@ class Daemon:
         if self.monitor.fileno() in ready:
             events, lost = self.monitor.read()
             if lost:
-                log("the kernel's queue of events ran over: looking at every vif", level=4)
+                log("the kernel's queue of events ran over: looking at every device", level=4)
                 self._again = monotonic()
-            self.plugger.handle(events)
+            self.plugger.handle(event for event in events if isinstance(event, VifEvent))
+            self.disks.handle(event for event in events if isinstance(event, VbdEvent))
         peer = self.plugger.switch.peer
         if peer is not None:
             if peer.fileno() in ready:
@@ -131,7 +136,8 @@ def parser() -> ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="xendevd",
-        description="Plugs the vifs of Xen guests into bridges. Runs in the foreground.",
+        description="Plugs the vifs of Xen guests into bridges, and sets their disks up."
+        " Runs in the foreground.",
     )
     parser.add_argument("--foreground", action="store_true", help="the default, and only, mode")
     return parser
@@ -143,12 +149,12 @@ def serve() -> None:
     with Bus.connect() as bus:
         # Listen first and look then: what comes in between is seen twice, which does no harm.
         monitor = Monitor()
-        daemon = Daemon(monitor, Plugger(bus, Rtnetlink(), OpenVSwitch(), log))
+        daemon = Daemon(monitor, Plugger(bus, Rtnetlink(), OpenVSwitch(), log), Disks(bus, log))
         signal(SIGTERM, daemon.stop)
         signal(SIGINT, daemon.stop)
-        privileges.keep_only(privileges.CAP_NET_ADMIN)
+        privileges.keep_only(privileges.CAP_NET_ADMIN, privileges.CAP_DAC_OVERRIDE)
         daemon.catch_up()
-        log(f"serving the vifs on {bus.path}")
+        log(f"serving the vifs and disks on {bus.path}")
         notify_manager("READY=1")
         daemon.run()
         notify_manager("STOPPING=1")

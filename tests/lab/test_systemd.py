@@ -116,7 +116,7 @@ def test_the_sandboxes_hold() -> None:
         run("systemd-analyze", "security", "--threshold=35", f"{name}.service")
     assert int(status["noxsd"]["CapEff"], 16) == 0
     assert "0" not in status["noxsd"]["Uid"].split()
-    assert int(status["xendevd"]["CapBnd"], 16) == 1 << 12  # CAP_NET_ADMIN
+    assert int(status["xendevd"]["CapBnd"], 16) == 1 << 12 | 1 << 1  # NET_ADMIN, DAC_OVERRIDE
     assert int(status["storesd"]["CapBnd"], 16) == 0
 
 

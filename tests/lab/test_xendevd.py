@@ -1,7 +1,7 @@
-"""xendevd on a real Dom0: netback's vifs, the kernel's events, real bridges.
+"""xendevd on a real Dom0: netback's vifs, blkback's disks, the kernel's events, real bridges.
 
-No guest is needed: netback makes an interface as soon as its nodes exist, and waits with the
-rest for a frontend that never comes.
+No guest is needed: netback makes an interface as soon as its nodes exist, blkback opens a device as
+soon as it is told which, and both wait with the rest for a frontend that never comes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
 from daemons import ensure_bus, stop_xendevd
 
-from noxs import hotplug
+from noxs import blockdev, hotplug
 from noxs.bus import Bus
 from xendevd.netlink import Link, Rtnetlink
 
@@ -93,6 +94,31 @@ class Xendevd:
         self.made += paths
         return paths
 
+    def vbd(self, domid: int, target: Path | str, mode: str = "w") -> str:
+        """The same for a disk."""
+        front = f"/local/domain/{domid}/device/vbd/51712"
+        back = f"/local/domain/0/backend/vbd/{domid}/51712"
+        target = Path(target)
+        backend = {
+            "frontend": front,
+            "frontend-id": str(domid),
+            "online": "1",
+            "dev": "xvda",
+            "type": "phy" if target.is_block_device() else "file",
+            "params": str(target),
+            "mode": mode,
+            "script": hotplug.BLOCK_SCRIPT,
+            hotplug.IDENTITY: blockdev.identity(target.stat()) if target.exists() else "",
+            hotplug.STATUS: hotplug.PENDING,
+            "state": "1",
+        }
+        frontend = {"backend": back, "backend-id": "0", "state": "1"}
+        with self.bus.transaction() as nodes:
+            nodes.write_many([(f"{front}/{key}", value) for key, value in frontend.items()])
+            nodes.write_many([(f"{back}/{key}", value) for key, value in backend.items()])
+        self.made.append(back)
+        return back
+
     def verdict(self, path: str) -> str:
         """Wait for the verdict: "" or the error."""
         status = self.bus.wait_for(f"{path}/{hotplug.STATUS}", VERDICTS.__contains__, PATIENCE)
@@ -108,19 +134,18 @@ class Xendevd:
     def remove(self, *paths: str) -> None:
         """Remove vifs and wait until their interfaces are gone."""
         self.bus.rm_many(
-            "/local/domain/{1}/device/vif/{2}".format(*path.rsplit("/", 2)) for path in paths
+            "/local/domain/{2}/device/{1}/{3}".format(*path.rsplit("/", 3)) for path in paths
         )
         self.bus.rm_many(paths)
         self.made = [path for path in self.made if path not in paths]
         devices = [Path(f"/sys/devices/{device(path)}") for path in paths]
         wait(lambda: not any(map(Path.exists, devices)), "netback keeps its device")
-        for domid in {path.rsplit("/", 2)[1] for path in paths}:
-            for parent in (f"/local/domain/{domid}", f"/local/domain/0/backend/vif/{domid}"):
-                self.bus.rm(parent)
+        for parent in {path.rpartition("/")[0] for path in paths}:
+            self.bus.rm_many([parent, f"/local/domain/{parent.rpartition('/')[2]}"])
 
 
 def device(path: str) -> str:
-    return "vif-{1}-{2}".format(*path.rsplit("/", 2))
+    return "{1}-{2}-{3}".format(*path.rsplit("/", 3))
 
 
 @pytest.fixture
@@ -176,13 +201,13 @@ def test_failures_reach_whoever_waits(daemon: Xendevd) -> None:
 
 
 @pytest.mark.anyhost
-def test_it_keeps_one_capability(daemon: Xendevd) -> None:
+def test_it_keeps_two_capabilities(daemon: Xendevd) -> None:
     daemon.verdict(daemon.vif(901))
     assert daemon.process is not None
     status = Path(f"/proc/{daemon.process.pid}/status").read_text()
     values = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Cap"))
-    net_admin = f"{1 << 12:016x}"
-    assert values["CapEff"] == values["CapPrm"] == values["CapBnd"] == net_admin
+    kept = f"{1 << 12 | 1 << 1:016x}"  # CAP_NET_ADMIN, CAP_DAC_OVERRIDE
+    assert values["CapEff"] == values["CapPrm"] == values["CapBnd"] == kept
     assert values["CapInh"] == values["CapAmb"] == f"{0:016x}"
 
 
@@ -269,6 +294,69 @@ def test_it_outlives_the_store(daemon: Xendevd) -> None:
     assert "there is no bridge" in daemon.verdict(daemon.vif(903, bridge="nowhere0"))
     assert daemon.process is not None
     assert daemon.process.poll() is None
+
+
+def loops() -> dict[str, str]:
+    """What the loop devices are bound to that have a backing file, by their names."""
+    found = {}
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        found[path.parts[3]] = path.read_text().strip()
+    return found
+
+
+def opened(path: str) -> str:
+    """The numbers of what blkback has open for a disk, once it has."""
+    attribute = Path(f"/sys/devices/{device(path)}/physical_device")
+    wait(attribute.exists, "blkback does not open the device")
+    return attribute.read_text().strip()
+
+
+@pytest.mark.anyhost
+def test_disks_get_loop_devices_and_lose_them(daemon: Xendevd, forks: Forks) -> None:
+    """Through a kill, for files of other users, without a process; and what is refused."""
+    with TemporaryDirectory(dir="/var/tmp") as directory:  # where direct I/O works
+        disks_come_and_go(daemon, forks, Path(directory))
+
+
+def disks_come_and_go(daemon: Xendevd, forks: Forks, tmp_path: Path) -> None:
+    before = loops()
+    image, other = tmp_path / "image", tmp_path / "other"
+    for path in (image, other):
+        path.write_bytes(bytes(1 << 20))
+    os.chown(other, 1234, 1234)
+    other.chmod(0o600)
+    (tmp_path / "link").hardlink_to(image)
+    assert daemon.process is not None
+    forks.clear()
+    first = daemon.vbd(901, image)
+    second = daemon.vbd(902, other, "r")
+    assert [daemon.verdict(path) for path in (first, second)] == ["", ""]
+    assert forks.of(daemon.process.pid) == []
+    name = f"loop{int(opened(first).partition(':')[2], 16)}"
+    assert loops()[name] == str(image)
+    assert Path(f"/sys/block/{name}/ro").read_text().strip() == "0"
+    assert Path(f"/sys/block/{name}/loop/dio").read_text().strip() == "1"
+    assert opened(second) != opened(first)
+    whole = Path("/proc/self/mounts").read_text().split()[0]
+    for domid, target, mode, why in (
+        (903, tmp_path / "link", "r", "is a disk of domain 901"),
+        (904, f"/dev/{name}", "w", "is a disk of domain 901"),
+        (905, other, "w", "is a disk of domain 902"),
+        (906, whole if whole.startswith("/dev/") else "/dev/vda", "r", "is in use"),
+        (907, tmp_path / "missing", "w", "No such file"),
+    ):
+        assert why in daemon.verdict(daemon.vbd(domid, target, mode))
+    assert daemon.verdict(daemon.vbd(908, other, "r")) == ""
+    daemon.stop(signal.SIGKILL)
+    assert loops()[name] == str(image)
+    daemon.remove(second)
+    late = daemon.vbd(909, other, "r")
+    daemon.start()
+    assert daemon.verdict(late) == ""
+    assert daemon.bus.read(f"{first}/physical-device") == f"7:{name.removeprefix('loop')}"
+    assert sorted(loops().values()) == sorted([*before.values(), str(image), *[str(other)] * 2])
+    daemon.remove(*daemon.made)
+    wait(lambda: loops() == before, f"a loop device stays: {loops()}")
 
 
 @pytest.mark.anyhost
