@@ -6,6 +6,7 @@
         made = chaos.create("app.cfg", name="fw-1", wait_ready=5)
         for event in chaos.events():
             ...
+        chaos.destroy_all(progress=lambda step: print(step["what"], step["done"], step["total"]))
 
 Many requests may be in flight at once: ``submit`` begins one, ``call`` waits for it. Several
 threads may share a Chaos. docs/protocol.md has the methods, their parameters and values.
@@ -14,6 +15,7 @@ threads may share a Chaos. docs/protocol.md has the methods, their parameters an
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from chaos.connection import SOCKET, Connection, Pending
@@ -31,6 +33,7 @@ WRITE_MAX = 1 << 16
 
 Table = dict[str, Any]
 Tables = list[Table]
+Progress = Callable[[Table], object]
 
 
 class Chaos(Connection):
@@ -38,7 +41,8 @@ class Chaos(Connection):
 
     ``path`` is its socket, by default $CHAOS_SOCKET or SOCKET. Domains are given by name, domid
     or UUID, as texts. Every method raises what the daemon says went wrong, of its class in
-    xenctypes.errors, and ProtocolError when the connection is lost.
+    xenctypes.errors, and ProtocolError when the connection is lost. A ``progress`` is called
+    with {"what", "done", "total"} for each thing that is done.
     """
 
     def create(
@@ -50,11 +54,13 @@ class Chaos(Connection):
         name: str | None = None,
         paused: bool = False,
         wait_ready: float = 0,
+        progress: Progress | None = None,
     ) -> Table:
         """Create a domain from an xl.cfg file, or from ``config``, the text of one.
 
         ``wait_ready`` is how many seconds to wait for its ready event, 0 not to. The value has
         "name", "domid", "uuid", "ready_ms" and what else ``chaos create --json`` shows.
+        ``progress`` hears of the steps, if no shell is ready for it.
         """
         params: Table = {"overrides": [*overrides], "paused": paused, "wait_ready": wait_ready}
         if path is not None:
@@ -65,7 +71,7 @@ class Chaos(Connection):
             if any(char in '"\\' or char < " " for char in name):
                 raise ConfigError(f"{name!r} is no name for a domain", key="name")
             params["overrides"].append(f'name="{name}"')
-        made: Table = self.call("create", **params)
+        made: Table = self._watched("create", progress, **params)
         return made
 
     def list(self, *domains: str) -> Tables:
@@ -79,28 +85,41 @@ class Chaos(Connection):
         seen = self.call("usage")
         return Look(seen["at"], [Usage(**one) for one in seen["domains"]])
 
-    def destroy(self, *domains: str, force: bool = False) -> Tables:
+    def destroy(
+        self, *domains: str, force: bool = False, progress: Progress | None = None
+    ) -> Tables:
         """End domains; name, domid and uuid of each. ``force``: other toolstacks' too."""
-        return self._tables("destroy", domains=[*domains], force=force)
+        params: Table = {"domains": [*domains], "force": force}
+        found: Tables = self._watched("destroy", progress, **params)
+        return found
 
-    def destroy_all(self) -> Tables:
+    def destroy_all(self, *, progress: Progress | None = None) -> Tables:
         """End every domain that chaos made; name, domid and uuid of each."""
-        return self._tables("destroy", all=True)
+        found: Tables = self._watched("destroy", progress, all=True)
+        return found
 
     def shutdown(
-        self, *domains: str, wait: bool = False, timeout: float | None = None
+        self,
+        *domains: str,
+        wait: bool = False,
+        timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> Tables | None:
         """Ask domains to power off. With ``wait`` until they have, ``timeout`` seconds at most."""
-        found: Tables | None = self.call(
-            "shutdown", domains=[*domains], wait=wait, **_limit(timeout)
-        )
+        params: Table = {"domains": [*domains], "wait": wait, **_limit(timeout)}
+        found: Tables | None = self._watched("shutdown", progress, **params)
         return found
 
     def reboot(
-        self, *domains: str, wait: bool = False, timeout: float | None = None
+        self,
+        *domains: str,
+        wait: bool = False,
+        timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> Tables | None:
         """Ask domains to reboot. ``wait`` and ``timeout`` as for ``shutdown``."""
-        found: Tables | None = self.call("reboot", domains=[*domains], wait=wait, **_limit(timeout))
+        params: Table = {"domains": [*domains], "wait": wait, **_limit(timeout)}
+        found: Tables | None = self._watched("reboot", progress, **params)
         return found
 
     def pause(self, domain: str) -> Table:
@@ -161,13 +180,34 @@ class Chaos(Connection):
         mark = {} if low is None else {"low": low}
         return self._table("pool.resize", name=name, size=size, **mark)
 
-    def pool_drain(self, name: str) -> int:
-        """Give a flavour's shells back; how many there were."""
-        return int(self._table("pool.drain", name=name)["shells"])
+    def pool_wait(self, *names: str, progress: Progress | None = None) -> Tables:
+        """Wait until flavours, all if none are named, have their shells. StateError if they can't.
 
-    def pool_remove(self, name: str) -> None:
+        The value is as of ``pool_list``.
+        """
+        found: Tables = self._watched("pool.wait", progress, names=[*names])
+        return found
+
+    def pool_drain(self, name: str, *, progress: Progress | None = None) -> int:
+        """Give a flavour's shells back; how many there were."""
+        return int(self._watched("pool.drain", progress, name=name)["shells"])
+
+    def pool_remove(self, name: str, *, progress: Progress | None = None) -> None:
         """Give a flavour up, and its shells back."""
-        self.call("pool.remove", name=name)
+        self._watched("pool.remove", progress, name=name)
+
+    def _watched(self, method: str, progress: Progress | None, **params: Any) -> Any:
+        """Call a method that reports progress; what ``progress`` raises ends it."""
+        if progress is None:
+            return self.call(method, **params)
+        pending = self.submit(method, progress=True, **params)
+        try:
+            for each in pending.progress:
+                progress(each)
+        except BaseException:
+            pending.cancel()
+            raise
+        return pending.result()
 
     def _table(self, method: str, **params: Any) -> Table:
         value: Table = self.call(method, **params)

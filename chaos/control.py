@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from chaos import store
 from chaos.death import POLL_SECONDS, Death, remaining
 from chaos.devicepage import DevicePage
+from chaos.invocation import unreported
 from noxs.abi import ACK_OK, ACK_UNSUPPORTED, REQUEST_POWEROFF, REQUEST_REBOOT
 from xenctypes.errors import CallFailed, StateError
 from xenctypes.evtchn import VIRQ_DOM_EXC, Evtchn
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from chaos.host import Host
+    from chaos.invocation import Report
     from chaos.registry import Record
     from xenctypes.ctrl import DomainInfo
 
@@ -172,10 +174,12 @@ class Control:
         self._by_port[request.port] = request
         self._evtchn.notify(request.port)
 
-    def wait(self, timeout: float | None, *, dead: bool = False) -> None:
+    def wait(
+        self, timeout: float | None, *, dead: bool = False, report: Report = unreported
+    ) -> None:
         """Wait until every guest has answered; with ``dead``, until those that agreed are dead.
 
-        Returns after ``timeout`` seconds (None: never) at the latest.
+        Returns after ``timeout`` seconds (None: never) at the latest. ``report`` hears of each.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         poll = select.poll()
@@ -185,7 +189,18 @@ class Control:
         for request in self.requests:
             self._look(request)
         self._look_for_deaths()
-        while open_requests := [r for r in self.requests if _is_open(r, dead=dead)]:
+        open_requests, done = self.requests, 0
+        while True:
+            waiting = []
+            for request in open_requests:
+                if _is_open(request, dead=dead):
+                    waiting.append(request)
+                else:
+                    done += 1
+                    report(request.record.name, done, len(self.requests))
+            open_requests = waiting
+            if not open_requests:
+                return
             if deadline is not None and time.monotonic() >= deadline:
                 return
             deaf = any(not request.port for request in open_requests)

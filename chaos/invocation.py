@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from chaos.registry import Registry
 
 
+Report = Callable[[str, int, int], None]
+"""Told of each thing that is done: what it was, how many were done, of how many."""
+
+
+def unreported(what: str, done: int, total: int) -> None:
+    """The Report for whoever does not want to know."""
+
+
 @dataclass
 class Invocation:
     """What a verb may use: ``args`` as parsed, streams, the directory that paths start from.
@@ -28,6 +37,7 @@ class Invocation:
     ``cancel`` is a descriptor that becomes readable when the caller wants the verb to end (Ctrl-C
     at a client, or a client that is gone), or -1 where a signal says so: whoever waits long polls
     it too. ``environ`` is the caller's environment. ``daemon`` is the daemon that runs the verb.
+    ``report`` wants to hear of each of several domains that the verb is done with.
     """
 
     args: Namespace
@@ -41,6 +51,7 @@ class Invocation:
     cancel: int = -1
     daemon: Any = None
     peer: Any = None
+    report: Report = unreported
 
     def print(self, *lines: str) -> None:
         """Write lines to the standard output."""

@@ -62,10 +62,16 @@ class Timing(NamedTuple):
 
 
 def perform(
-    steps: Sequence[Step[Context]], context: Context, timings: list[Timing], *, subject: str
+    steps: Sequence[Step[Context]],
+    context: Context,
+    timings: list[Timing],
+    *,
+    subject: str,
+    told: Callable[[str], None] | None = None,
 ) -> None:
     """Do ``steps`` in order, appending one Timing each; on a failure undo all that were begun.
 
+    ``told`` is called with the name of each step that is done.
     ``subject`` is what an error message calls the thing being made. Raises StepError with
     the cause chained; KeyboardInterrupt and the like undo too and pass through.
     """
@@ -86,6 +92,8 @@ def perform(
         timings.append(
             Timing(step.name, step.phase, step.category, start, perf_counter_ns() - start)
         )
+        if told is not None:
+            told(step.name)
 
 
 def roll_back(steps: Iterable[Step[Context]], context: Context) -> list[str]:

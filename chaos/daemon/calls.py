@@ -26,7 +26,7 @@ from chaos.daemon.command import (
 )
 from chaos.daemon.rights import check_flavour
 from chaos.daemon.wanted import LONG, NotHere, TooLong, want
-from chaos.invocation import Invocation
+from chaos.invocation import Invocation, unreported
 from xenctypes.errors import ConfigError, ProtocolError, UsageError
 
 if TYPE_CHECKING:
@@ -34,9 +34,12 @@ if TYPE_CHECKING:
     from chaos.daemon.server import Connection
     from chaos.daemon.shell import Delivery
     from chaos.daemon.wanted import Wanted
+    from chaos.invocation import Report
 
 Method = Callable[[Any, int, dict[str, Any]], Coroutine[Any, Any, Any]]
 
+REPORT = " report"
+"""Where a method finds its Report among the parameters, whatever a client said there."""
 NEITHER = "create needs a path or a config"
 WAIT_MAX = 10**6
 TEXTS_MAX = 4096
@@ -48,6 +51,10 @@ SIMPLE = {
     "reboot": ("domains", "all", "wait", "timeout"),
 }
 """Methods that are verbs with --json, and the parameters that they take."""
+REPORTING = frozenset(
+    ["create", "destroy", "shutdown", "reboot", "pool.drain", "pool.remove", "pool.wait"]
+)
+"""Methods that report progress to whoever wants it."""
 WAIT_SECONDS = 3600.0
 """How long ``wait`` of shutdown and reboot waits where no timeout is given."""
 
@@ -72,6 +79,7 @@ class Calls:
             "pool.resize": self._pool_resize,
             "pool.drain": self._pool_drain,
             "pool.remove": self._pool_remove,
+            "pool.wait": self._pool_wait,
         }
 
     def dispatch(
@@ -93,14 +101,30 @@ class Calls:
             return _done()
         if method == "console.write":
             return self._console_write(connection, params)
+        progress = None
+        if method in REPORTING and "progress" in params:
+            if _take(params, "progress", bool):
+                progress = Progress(connection, ident)
+            params = {key: value for key, value in params.items() if key != "progress"}
+        work = self._begin(connection, ident, method, params, progress or unreported)
+        return work if progress is None or work is None else progress.during(work)
+
+    def _begin(
+        self,
+        connection: Connection,
+        ident: int,
+        method: str,
+        params: dict[str, Any],
+        report: Report,
+    ) -> Coroutine[Any, Any, Any] | None:
         if method == "create":
-            return self._begin_create(connection, ident, params)
+            return self._begin_create(connection, ident, params, report)
         if method in SIMPLE:
-            return self._verb(method, params)
+            return self._verb(method, params, report)
         handler = self._methods.get(method)
         if handler is None:
             raise ProtocolError(f'no method "{method[:32]}"', hint="docs/protocol.md lists them")
-        return handler(connection, ident, {**params, "": method})
+        return handler(connection, ident, {**params, "": method, REPORT: report})
 
     # A whole command
 
@@ -128,7 +152,7 @@ class Calls:
 
     # Verbs whose output is the value
 
-    async def _verb(self, method: str, params: dict[str, Any]) -> Any:
+    async def _verb(self, method: str, params: dict[str, Any], report: Report) -> Any:
         known = SIMPLE[method]
         options = ["--json"]
         for key, value in params.items():
@@ -142,22 +166,28 @@ class Calls:
             options.append(f"--timeout={WAIT_SECONDS}")
         names = _list(params, "domains", str)
         # Behind "--" a name is a name, whatever it looks like.
-        return await self._captured(method, [*options, *(["--"] if names else []), *names])
+        argv = [*options, *(["--"] if names else []), *names]
+        return await self._captured(method, argv, report)
 
-    async def _captured(self, verb: str, argv: list[str]) -> Any:
+    async def _captured(self, verb: str, argv: list[str], report: Report = unreported) -> Any:
         module = _module(verb)
         args = parser_of(verb).parse_args(argv)
         out = io.StringIO()
         cancel = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         unwanted = False
 
+        def tell(*what: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self.daemon.loop.call_soon_threadsafe(report, *what)
+
         def work(host: Any, names: Any) -> None:
             if unwanted:
                 return
             unread = io.StringIO()
             call = Invocation(
-                args, host, names, "/", unread, out, unread, {}, cancel, daemon=self.daemon
-            )
+                args, host, names, "/", unread, out, unread, {}, cancel, daemon=self.daemon,
+                report=unreported if report is unreported else tell,
+            )  # fmt: skip
             try:
                 module.run(call)
             except KeyboardInterrupt:
@@ -194,7 +224,7 @@ class Calls:
         return await self.daemon.in_verb_thread(work)
 
     def _begin_create(
-        self, connection: Connection, ident: int, params: dict[str, Any]
+        self, connection: Connection, ident: int, params: dict[str, Any], report: Report
     ) -> Coroutine[Any, Any, Any] | None:
         """A create from a warm shell is answered at once: a task costs as much as half of it."""
         paused = _take(params, "paused", bool, default=False)
@@ -205,17 +235,24 @@ class Calls:
                 wanted = self.daemon.reader.read(connection.peer, *_named(params))
                 delivery = self.daemon.create_now(wanted, connection.peer, paused=paused)
         if delivery is None:
-            return self._create(connection, params, seconds, paused=paused)
+            return self._create(connection, params, seconds, report, paused=paused)
         if seconds and delivery.shell.noxs:
             return self._when_ready(delivery, seconds)
         connection.reply(ident, frames.OK, self._described(delivery))
         return None
 
     async def _create(
-        self, connection: Connection, params: dict[str, Any], seconds: float, *, paused: bool
+        self,
+        connection: Connection,
+        params: dict[str, Any],
+        seconds: float,
+        report: Report,
+        *,
+        paused: bool,
     ) -> Any:
         wanted = await self._wanted(connection, params)
-        delivery = await self.daemon.create(wanted, connection.peer, paused=paused)
+        told = None if report is unreported else report
+        delivery = await self.daemon.create(wanted, connection.peer, paused=paused, report=told)
         if seconds and delivery.shell.noxs:
             return await self._when_ready(delivery, seconds)
         return self._described(delivery)
@@ -341,12 +378,43 @@ class Calls:
     async def _pool_drain(
         self, _connection: Connection, _ident: int, params: dict[str, Any]
     ) -> Any:
-        return {"shells": await self.daemon.pool.drain(_take(params, "name", str))}
+        name = _take(params, "name", str)
+        return {"shells": await self.daemon.pool.drain(name, params[REPORT])}
 
     async def _pool_remove(
         self, _connection: Connection, _ident: int, params: dict[str, Any]
     ) -> None:
-        await self.daemon.pool.remove(_take(params, "name", str))
+        await self.daemon.pool.remove(_take(params, "name", str), params[REPORT])
+
+    async def _pool_wait(
+        self, _connection: Connection, _ident: int, params: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        pool = self.daemon.pool
+        names = _list(params, "names", str) or list(pool.flavours)
+        await pool.filled(names, params[REPORT])
+        return [pool.flavour(name).describe() for name in names]
+
+
+class Progress:
+    """A Report for one request: PROGRESS frames, for as long as its last reply is not out."""
+
+    def __init__(self, connection: Connection, ident: int) -> None:
+        self._connection = connection
+        self._ident = ident
+        self._over = False
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Tell the client."""
+        if not self._over:
+            value = {"what": what, "done": done, "total": total}
+            self._connection.reply(self._ident, frames.PROGRESS, value)
+
+    async def during(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Do the work; nothing that it tells later is passed on."""
+        try:
+            return await work
+        finally:
+            self._over = True
 
 
 def _named(params: dict[str, Any]) -> tuple[str, str, list[str]]:

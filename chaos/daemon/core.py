@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -15,7 +16,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chaos import store, vif, xenstored
-from chaos.create import profile_of
+from chaos.create import IMAGE_STEPS, SHELL_STEPS, profile_of
 from chaos.daemon.batches import Batches
 from chaos.daemon.consoles import ConsoleHub
 from chaos.daemon.events import Events
@@ -23,6 +24,7 @@ from chaos.daemon.guests import Guest, Guests
 from chaos.daemon.pool import Pool
 from chaos.daemon.rights import Peer
 from chaos.daemon.shell import DELIVERY_STEPS, PAUSED_STEPS, UNPAUSE_STEPS, Delivery
+from chaos.daemon.template import Template
 from chaos.daemon.wanted import Reader, TooLong, Wanted, want
 from chaos.domains import check_free, reap
 from chaos.host import Host
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from chaos.daemon.shell import Shell
     from chaos.domconfig import DomainConfig
     from chaos.image import OpenImage
+    from chaos.invocation import Report
 
 T = TypeVar("T")
 
@@ -51,10 +54,21 @@ TICK = 2.0
 MAC_REFRESH = 30.0
 
 
-class Daemon:
-    """chaosd without its socket. Lives on one event loop; Xen's handles are that thread's."""
+def counted(report: Report, total: int) -> Callable[[str], None]:
+    """What counts steps, as their names are told, for a report."""
+    numbers = itertools.count(1)
+    return lambda step: report(step, next(numbers), total)
 
-    def __init__(self, settings: Settings, names: Registry) -> None:
+
+class Daemon:
+    """chaosd without its socket. Lives on one event loop; Xen's handles are that thread's.
+
+    ``template`` is what its shell makers are forked from, if there is one already.
+    """
+
+    def __init__(
+        self, settings: Settings, names: Registry, template: Template | None = None
+    ) -> None:
         self.settings = settings
         self.names = names
         self.host = Host()
@@ -76,7 +90,8 @@ class Daemon:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._dom0_macs: frozenset[str] = frozenset()
         self.guests = Guests(self)
-        self.pool = Pool(self.host, names, settings, self.in_thread, self.emit)
+        self.template = template or Template(names.path)
+        self.pool = Pool(self.host, names, settings, self.in_thread, self.emit, self.template)
         self.consoles: ConsoleHub | None = None
 
     # Life
@@ -107,6 +122,7 @@ class Daemon:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.pool.close()
+        self.template.close()
         if self.consoles is not None:
             self.consoles.close()
         await self._end_threads()
@@ -218,13 +234,23 @@ class Daemon:
         later.keep(wanted)
         return wanted if later.name is None else wanted.named(later.name)
 
-    async def create(self, wanted: Wanted, peer: Peer = ROOT, *, paused: bool = False) -> Delivery:
-        """A guest of the wanted configuration, from the pool or made now. ChaosError."""
+    async def create(
+        self,
+        wanted: Wanted,
+        peer: Peer = ROOT,
+        *,
+        paused: bool = False,
+        report: Report | None = None,
+    ) -> Delivery:
+        """A guest of the wanted configuration, from the pool or made now. ChaosError.
+
+        ``report`` hears of the steps in which a shell is made, if it has to be.
+        """
         if self._mac_seems_taken(wanted):
             await self._refresh_macs()  # whoever had it may be gone
         shell = self._from_pool(wanted, peer)
         if shell is None:
-            shell = await self._made(wanted, peer)
+            shell = await self._made(wanted, peer, report)
         if shell.store:
             return await self._deliver_stock(shell, wanted, peer, paused=paused)
         return self._deliver(shell, wanted, peer, paused=paused)
@@ -253,7 +279,7 @@ class Daemon:
     def _from_pool(self, wanted: Wanted, peer: Peer) -> Shell | None:
         return self.pool.take(wanted.shape, wanted.key(peer), wanted.pages)
 
-    async def _made(self, wanted: Wanted, peer: Peer) -> Shell:
+    async def _made(self, wanted: Wanted, peer: Peer, report: Report | None) -> Shell:
         if self.names.uuid_of(wanted.config.name) is not None:
             # Sooner than after building it all; whoever holds the name may be gone, though.
             name = wanted.config.name
@@ -265,9 +291,11 @@ class Daemon:
             if await self._takes_generic(wanted, opened):
                 shell = self.pool.take(wanted.shape, None, wanted.pages)
             if shell is not None:
-                return await self.pool.load(shell, wanted.config, wanted.source, opened)
+                told = report and counted(report, len(IMAGE_STEPS))
+                return await self.pool.load(shell, wanted.config, wanted.source, opened, told)
+            told = report and counted(report, len(SHELL_STEPS + IMAGE_STEPS))
             room = len(wanted.config.metadata)
-            return await self.pool.order(wanted.config, wanted.source, opened, room=room)
+            return await self.pool.order(wanted.config, wanted.source, opened, room=room, told=told)
         finally:
             for each in opened:
                 each.close()

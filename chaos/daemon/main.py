@@ -15,6 +15,7 @@ from chaos.daemon import settings as settings_module
 from chaos.daemon.calls import Calls
 from chaos.daemon.core import Daemon
 from chaos.daemon.server import SOCKET, Server, listen
+from chaos.daemon.template import Template
 from chaos.registry import Registry
 from noxs import privileges
 from noxs.daemon import notify_manager
@@ -42,7 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         settings = _settings(options.config)
-        return asyncio.run(_serve(options.socket, settings))
+        names = Registry()
+        _raise_limits()
+        if os.geteuid() == 0:
+            privileges.keep_only(*CAPABILITIES)  # before there are threads: each has its own
+        os.umask(0o077)
+        template = Template(names.path)
+        template.fork()
+        return asyncio.run(_serve(options.socket, settings, names, template))
     except ChaosError as error:
         sys.stderr.write(f"chaosd: {error}\n")
         return error.exit_code
@@ -76,13 +84,10 @@ def _settings(path: str | None) -> settings_module.Settings:
     return settings_module.read(path)
 
 
-async def _serve(path: str, settings: settings_module.Settings) -> int:
-    _raise_limits()
-    if os.geteuid() == 0:
-        privileges.keep_only(*CAPABILITIES)  # before there are threads: each has its own
-    os.umask(0o077)
-    names = Registry()
-    daemon = Daemon(settings, names)
+async def _serve(
+    path: str, settings: settings_module.Settings, names: Registry, template: Template
+) -> int:
+    daemon = Daemon(settings, names, template)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -14,8 +14,9 @@ it knows of them in this process; they end with it.
       | drop {uuid}                     --->  all undone
       | end of file                     --->  exit
 
-Requests and replies are one msgpack value in one SOCK_SEQPACKET message, descriptors beside it
-(SCM_RIGHTS). A reply is {"ok": values} or {"error": [class, message, hint]}.
+A maker begins by saying its pid, then that it is ready. Requests and replies are one msgpack value
+in one SOCK_SEQPACKET message, descriptors beside it (SCM_RIGHTS). A reply is {"ok": values} or
+{"error": [class, message, hint]}; {"done": step} may come before it, if the request says "tell".
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -43,6 +43,8 @@ from noxs.page import encode
 from xenctypes.errors import CallFailed, ChaosError, ImageError, StepError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chaos.image import Identity, ImageInfo, OpenImage
     from xenctypes.guest import DomBuilder
 
@@ -50,7 +52,8 @@ MESSAGE_MAX = 1 << 18
 NICE = 10
 VERSIONS_MAX = 64
 """Versions of image files that a maker remembers something of."""
-PR_SET_PDEATHSIG = 1
+NAME = b"chaosd-maker"
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 PR_SET_NO_NEW_PRIVS = 38
 
 Kept = TypeVar("Kept")
@@ -122,6 +125,14 @@ class Maker:
                         os.close(fd)
             self.channel.send(msgpack.packb(reply))
 
+    def _told(self, request: dict[str, Any]) -> Callable[[str], None] | None:
+        """What tells the daemon of each step that is done, if it wants to hear."""
+
+        def told(step: str) -> None:
+            self.channel.send(msgpack.packb({"done": step}))
+
+        return told if request.get("tell") else None
+
     def _make(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """A shell, warm if there are descriptors."""
         creation = self._creation(request)
@@ -132,7 +143,8 @@ class Maker:
         digest = self._digest(creation.kernel)
         steps = SHELL_STEPS + IMAGE_STEPS if warm else SHELL_STEPS
         try:
-            perform(steps, creation, timings, subject="cannot make a shell")
+            told = self._told(request)
+            perform(steps, creation, timings, subject="cannot make a shell", told=told)
         except StepError as error:
             # The step's own error, without the words that are the daemon's to choose.
             raise _cause(error) from error
@@ -150,7 +162,8 @@ class Maker:
         timings: list[Timing] = []
         try:
             self._open(creation, fds)
-            perform(IMAGE_STEPS, creation, timings, subject="cannot load the image")
+            told = self._told(request)
+            perform(IMAGE_STEPS, creation, timings, subject="cannot load the image", told=told)
         except BaseException as error:
             roll_back(SHELL_STEPS, creation)
             if isinstance(error, StepError):
@@ -265,28 +278,24 @@ def _class(error: ChaosError) -> str:
     return type(error).__name__ if _plain(error) else "XenError"
 
 
-def main() -> int:
-    """Run a maker; ``sys.argv`` has the parent's pid, the registry, and the socket's descriptor."""
-    parent, run_dir, fd = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def main(fd: int, parent: int, run_dir: str) -> int:
+    """Run a maker in this process: its channel's descriptor, the daemon's pid, the registry."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.prctl(PR_SET_NAME, NAME, 0, 0, 0)
     if os.getppid() != parent:
         return 1
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the daemon's to handle: it closes the channel
     os.setsid()
-    os.nice(NICE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
         f.write("1000")
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=fd)
+    channel.send(msgpack.packb({"ok": os.getpid()}))
     maker = Maker(channel, Registry(run_dir))
     maker.host.ctrl.physinfo()  # libraries and handles, before anybody waits
     channel.send(msgpack.packb({"ok": "ready"}))
     maker.serve()
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -24,6 +24,7 @@ from chaos.daemon.settings import FLAVOURS_MAX
 from chaos.daemon.shell import Shell, prepared
 from chaos.daemon.workers import DELAYS, Worker
 from chaos.domains import reap, reap_one
+from chaos.invocation import unreported
 from chaos.registry import SHELL, Record
 from chaos.shape import ImageKey, Shape, blank, shape_of
 from noxs.page import more_pages
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from chaos.daemon.settings import FlavourSpec, Settings
+    from chaos.daemon.template import Template
     from chaos.domconfig import DomainConfig
     from chaos.host import Host
     from chaos.image import OpenImage
+    from chaos.invocation import Report
     from chaos.registry import Registry
 
 Key = tuple[Shape, ImageKey | None]
@@ -66,12 +69,14 @@ class Pool:
         settings: Settings,
         in_thread: Callable[[Callable[[Host, Registry], Any]], Awaitable[Any]],
         emit: Callable[..., None],
+        template: Template,
     ) -> None:
         self.host = host
         self.names = names
         self.settings = settings
         self.in_thread = in_thread
         self.emit = emit
+        self.template = template
         self.flavours: dict[str, Flavour] = {}
         self.shelves: dict[Key, deque[Shell]] = {}
         self.workers: list[Worker] = []
@@ -136,7 +141,7 @@ class Pool:
 
     def _hire(self) -> None:
         if not self.closing:
-            self.workers.append(Worker(self.names.path, self._worker_ended, self._wake.set))
+            self.workers.append(Worker(self.template, self._worker_ended, self._wake.set))
 
     def _worker_ended(self, worker: Worker) -> None:
         """A maker died: what it held goes, and another takes its place, later and later."""
@@ -198,14 +203,14 @@ class Pool:
         self._wake.set()
         return flavour
 
-    async def drain(self, name: str) -> int:
+    async def drain(self, name: str, report: Report = unreported) -> int:
         """Give back all shells that a flavour has now, which is then refilled; how many."""
-        count = await self._give_back(self.flavour(name))
+        count = await self._give_back(self.flavour(name), report)
         self.emit("pool drained", flavour=name, shells=count)
         self._wake.set()
         return count
 
-    async def remove(self, name: str) -> None:
+    async def remove(self, name: str, report: Report = unreported) -> None:
         """Forget a flavour and give its shells back."""
         flavour = self.flavour(name)
         flavour.size = 0
@@ -214,7 +219,7 @@ class Pool:
         if flavour.source is not None:
             flavour.source.close()
         self.emit("pool removed", flavour=name, shells=len(flavour.shells))
-        await self._give_back(flavour)
+        await self._give_back(flavour, report)
 
     # Taking
 
@@ -277,13 +282,36 @@ class Pool:
         self._take_off(shell)
         self.spawn(self.discard(shell))
 
-    async def _give_back(self, flavour: Flavour) -> int:
+    async def _give_back(self, flavour: Flavour, report: Report) -> int:
         """Give all shells of a flavour back, and wait for their end; how many there were."""
         shells = list(flavour.shells)
         for shell in shells:
             self._take_off(shell)
-        await asyncio.gather(*map(self.discard, shells))
+        ends = [self.discard(shell) for shell in shells]
+        for done, end in enumerate(asyncio.as_completed(ends), 1):
+            await end
+            report(flavour.name, done, len(shells))
         return len(shells)
+
+    async def filled(self, names: Sequence[str], report: Report = unreported) -> None:
+        """Wait until flavours have all their shells. StateError if one cannot have them."""
+        flavours = [self.flavour(name) for name in names]
+        before = {flavour.name: flavour.ready for flavour in flavours}
+        total = sum(flavour.size - flavour.ready for flavour in flavours)
+        done = 0
+        while any(flavour.ready < flavour.size for flavour in flavours):
+            for flavour in flavours:
+                if flavour.problem:
+                    raise StateError(f'flavour "{flavour.name}": {flavour.problem}')
+            await self.change()
+            for flavour in flavours:
+                if self.flavours.get(flavour.name) is not flavour:
+                    raise StateError(f'the flavour "{flavour.name}" was removed meanwhile')
+            for flavour in flavours:  # others may take some, or resize it
+                while before[flavour.name] < flavour.ready and done < total:
+                    before[flavour.name] += 1
+                    done += 1
+                    report(flavour.name, done, total)
 
     def uuids(self) -> set[str]:
         """Those of the shells on the shelves."""
@@ -315,8 +343,12 @@ class Pool:
         *,
         room: int = 0,
         urgent: bool = False,
+        told: Callable[[str], None] | None = None,
     ) -> Shell:
-        """A new shell of the configuration's shape, warm if images are given. ChaosError."""
+        """A new shell of the configuration's shape, warm if images are given. ChaosError.
+
+        ``told`` is called with the name of each step that is done.
+        """
         worker = self._pick(urgent=urgent)
         shape = shape_of(config)
         uuid = str(uuid_module.uuid4())
@@ -340,7 +372,8 @@ class Pool:
             "metadata_room": room,
         }
         try:
-            made = await worker.ask(request, [each.fd for each in opened], urgent=urgent)
+            fds = [each.fd for each in opened]
+            made = await worker.ask(request, fds, urgent=urgent, told=told)
             self.deaths = 0
             shell.take_over(made)
         except BaseException:
@@ -352,7 +385,13 @@ class Pool:
         return shell
 
     async def order(
-        self, config: DomainConfig, source: Source, opened: Sequence[OpenImage], *, room: int
+        self,
+        config: DomainConfig,
+        source: Source,
+        opened: Sequence[OpenImage],
+        *,
+        room: int,
+        told: Callable[[str], None] | None = None,
     ) -> Shell:
         """A warm shell made for one request, memory found for it if the pool has any."""
         short = self._free_mib() < config.memory + OVERHEAD_MIB
@@ -360,21 +399,32 @@ class Pool:
         try:
             if short:
                 await self._find_memory(config.memory)
+            key = source.key_of(opened)
             return await self._finish(
-                self.make(config, opened, source.key_of(opened), room=room, urgent=True)
+                self.make(config, opened, key, room=room, urgent=True, told=told)
             )
         finally:
             self._seeking -= short
             self._wake.set()
 
     async def load(
-        self, shell: Shell, config: DomainConfig, source: Source, opened: Sequence[OpenImage]
+        self,
+        shell: Shell,
+        config: DomainConfig,
+        source: Source,
+        opened: Sequence[OpenImage],
+        told: Callable[[str], None] | None = None,
     ) -> Shell:
         """Load an image into a generic shell. On a failure the shell is gone. ChaosError."""
-        return await self._finish(self._load(shell, config, source, opened))
+        return await self._finish(self._load(shell, config, source, opened, told))
 
     async def _load(
-        self, shell: Shell, config: DomainConfig, source: Source, opened: Sequence[OpenImage]
+        self,
+        shell: Shell,
+        config: DomainConfig,
+        source: Source,
+        opened: Sequence[OpenImage],
+        told: Callable[[str], None] | None,
     ) -> Shell:
         shell.timings = prepared(shell.timings)
         try:
@@ -384,7 +434,8 @@ class Pool:
                 "uuid": shell.uuid,
                 "config": blank(config, f"shell-{shell.uuid[:8]}").as_dict(),
             }
-            made = await worker.ask(request, [each.fd for each in opened], urgent=True)
+            fds = [each.fd for each in opened]
+            made = await worker.ask(request, fds, urgent=True, told=told)
             self.deaths = 0
             shell.image = source.key_of(opened)
             shell.flavour = None  # it is not of its kind any more

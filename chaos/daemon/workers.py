@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import errno
 import os
+import select
 import signal
 import socket
-import subprocess
-import sys
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgpack
 
@@ -24,11 +23,10 @@ if TYPE_CHECKING:
 
 DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a maker that died is replaced, by how many died in a row."""
-MAKER = (sys.executable, "-P", "-m", "chaos.daemon.maker")
 KILL_PATIENCE = 5.0
 END_PATIENCE = 1.0
 PATIENCE = 120.0
-"""Seconds for one request, after which a maker counts as hung."""
+"""Seconds for one request, or to start, after which a maker counts as hung."""
 
 
 class MakerDied(XenError):
@@ -41,21 +39,37 @@ class Job(NamedTuple):
     request: bytes
     fds: Sequence[int]
     urgent: bool
+    told: Callable[[str], None] | None
     answer: asyncio.Future[dict[str, Any]]
 
 
+class Forks(Protocol):
+    """What a worker needs of a Template."""
+
+    def make(self, channel: socket.socket) -> int: ...  # noqa: D102 - as Template's
+    def give_up(self, pid: int) -> None: ...  # noqa: D102
+
+
 class Worker:
-    """One maker process. Jobs are done one at a time, urgent ones first."""
+    """One maker process. Jobs are done one at a time, urgent ones first.
+
+    ``pid`` is 0 until it has said it, ``status`` its wait status once it has ended.
+    """
 
     def __init__(
-        self, run_dir: str, ended: Callable[[Worker], None], idle: Callable[[], None]
+        self, template: Forks, ended: Callable[[Worker], None], idle: Callable[[], None]
     ) -> None:
+        self._template = template
+        self._forked_by = 0
         self._ended = ended
         self._idle = idle
         self._loop = asyncio.get_running_loop()
         self.jobs: deque[Job] = deque()
         self.job: Job | None = None
         self.ready = False
+        self.over = False
+        self.pid = 0
+        self.status: int | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._pidfd = -1
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -64,21 +78,14 @@ class Worker:
             theirs.setsockopt(socket.SOL_SOCKET, option, 2 * MESSAGE_MAX)
         ours.setblocking(False)
         self._socket = ours
-        # A process of its own making, not a fork: the daemon has threads, and the hypervisor's
-        # handles, which nobody who reads other people's images shall inherit.
-        with theirs:
-            self.process = subprocess.Popen(
-                [*MAKER, str(os.getpid()), run_dir, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-            )
+        self._timer = self._loop.call_later(PATIENCE, self._hung)
         self._loop.add_reader(ours.fileno(), self._readable)
-
-    @property
-    def pid(self) -> int:
-        """The process."""
-        return self.process.pid
+        with theirs:
+            try:
+                self._forked_by = template.make(theirs)
+            except OSError as error:
+                why = f"it cannot be started: {error.strerror}"
+                self._loop.call_soon(self._fail, why)
 
     @property
     def idle(self) -> bool:
@@ -86,13 +93,20 @@ class Worker:
         return self.ready and self.job is None and not self.jobs
 
     def ask(
-        self, request: dict[str, Any], fds: Sequence[int] = (), *, urgent: bool = False
+        self,
+        request: dict[str, Any],
+        fds: Sequence[int] = (),
+        *,
+        urgent: bool = False,
+        told: Callable[[str], None] | None = None,
     ) -> asyncio.Future[dict[str, Any]]:
         """Have something done. The future has the maker's values, or its error.
 
+        ``told`` is called with the name of each step that is done.
         The descriptors stay the caller's, and must stay open until the answer is there.
         """
-        job = Job(msgpack.packb(request), fds, urgent, self._loop.create_future())
+        packed = msgpack.packb(request | {"tell": told is not None})
+        job = Job(packed, fds, urgent, told, self._loop.create_future())
         if len(job.request) > MESSAGE_MAX:
             job.answer.set_exception(_too_long(job))
             return job.answer
@@ -111,22 +125,32 @@ class Worker:
     def end(self, why: str) -> None:
         """Kill the process, wait until it is gone, and fail what was asked of it."""
         self._close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(KILL_PATIENCE)
+        if self._pidfd >= 0:
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            if poll.poll(KILL_PATIENCE * 1000):
+                self._reap()
         self._fail(why)
 
     def _close(self) -> None:
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._loop.add_reader(self._pidfd, self._reap)
+
+    def _reap(self) -> None:
+        """Take the status of the process, which has ended."""
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
-        if self._timer is not None:
-            self._timer.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                _, self.status = os.waitpid(self.pid, os.WNOHANG)
 
     def _next(self) -> None:
         if self.job is not None or not self.ready or not self.jobs:
@@ -157,12 +181,20 @@ class Worker:
             answer = msgpack.unpackb(reply)
             error = _error(*answer["error"]) if "error" in answer else None
             value = answer.get("ok")
+            step = str(answer["done"]) if "done" in answer else ""
         except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException):
             self._fail("it sent a reply that makes no sense")
             return
+        if not self.pid:
+            self._meet(value)
+            return
         if not self.ready:
             self.ready = True
-        elif self.job is None:
+            self._cancel_timer()
+        elif step and self.job is not None and self.job.told is not None:
+            self.job.told(step)
+            return
+        elif self.job is None or step:
             self._fail("it spoke unasked")
             return
         else:
@@ -171,10 +203,22 @@ class Worker:
         if self.idle:
             self._idle()
 
-    def _answer(self, value: Any, error: ChaosError | None) -> None:
-        job, self.job = self.job, None
+    def _meet(self, pid: Any) -> None:
+        """It has said its pid: from now on it can be killed, and waited for."""
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except (OSError, TypeError, ValueError):
+            self._fail("it was killed as it started")
+        else:
+            self.pid = pid
+
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+    def _answer(self, value: Any, error: ChaosError | None) -> None:
+        job, self.job = self.job, None
+        self._cancel_timer()
         if job is not None and not job.answer.done():
             if error is not None:
                 job.answer.set_exception(error)
@@ -188,24 +232,31 @@ class Worker:
         """The channel is closed: the process is about to end, and how is worth a moment."""
         self.ready = False
         self._loop.remove_reader(self._socket.fileno())
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(END_PATIENCE, self._ended_now)
-        self._pidfd = os.pidfd_open(self.pid)  # a zombie has one too
+        self._cancel_timer()
+        if self._pidfd < 0:
+            self._fail("it did not start")
+            return
+        self._timer = self._loop.call_later(END_PATIENCE, self._fail, "it closed its channel")
         self._loop.add_reader(self._pidfd, self._ended_now)
 
     def _ended_now(self) -> None:
+        self._reap()
         self._fail(self._why())
 
     def _why(self) -> str:
-        status = self.process.poll()
-        if status is None:
-            return "it closed its channel"
-        return f"it died of {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
+        if self.status is None:
+            return "it ended"
+        code = os.waitstatus_to_exitcode(self.status)
+        return f"it died of {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
 
     def _fail(self, why: str) -> None:
-        """The end of this process, and of what was asked of it."""
+        """The end of this process, and of what was asked of it. Once."""
+        if self.over:
+            return
+        self.over = True
         self._close()
+        if not self.pid:
+            self._template.give_up(self._forked_by)  # another one does better, perhaps
         self.ready = False
         jobs = [job for job in (self.job, *self.jobs) if job is not None]
         current, self.job = self.job, None

@@ -42,7 +42,7 @@ def run(call: Invocation) -> int:
     called_off = {each.uuid: each.describe() for each in (restarts.call_off() if args.all else ())}
     failure: ChaosError | None = None
     gone: dict[str, dict[str, Any]] = {}
-    for wanted in targets:
+    for done, wanted in enumerate(targets, 1):
         try:
             destroyed = _destroy(call, restarts, wanted)
         except ChaosError as error:
@@ -52,6 +52,7 @@ def run(call: Invocation) -> int:
                 error.add_note(str(failure))
             failure = error
         else:
+            call.report(destroyed["name"], done, len(targets))
             (called_off if destroyed["domid"] is None else gone)[destroyed["uuid"]] = destroyed
     if args.json:
         call.print_json([*(called_off | gone).values()])

@@ -66,18 +66,9 @@ async def _wait(call: Invocation, names: Sequence[str]) -> None:
     from chaos.daemon.bar import bar
 
     pool = call.daemon.pool
-    flavours = [pool.flavour(name) for name in names]
-    done = sum(flavour.ready for flavour in flavours)
-    async with bar(call, "filling", sum(flavour.size for flavour in flavours) - done) as advance:
-        while not all(flavour.ready == flavour.size for flavour in flavours):
-            for flavour in flavours:
-                if flavour.problem:
-                    raise StateError(f'flavour "{flavour.name}": {flavour.problem}')
-            await pool.change()
-            ready = sum(flavour.ready for flavour in flavours)
-            for _ in range(ready - done):
-                advance()
-            done = max(done, ready)
+    missing = sum(pool.flavour(name).size - pool.flavour(name).ready for name in names)
+    async with bar(call, "filling", missing) as advance:
+        await pool.filled(names, lambda *_: advance())
 
 
 def _check(call: Invocation) -> None:

@@ -14,7 +14,7 @@ from xenctypes.errors import ChaosError, StateError, UsageError
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-    from chaos.invocation import Invocation
+    from chaos.invocation import Invocation, Report
     from chaos.registry import Record
 
 ANSWER_SECONDS = 10.0
@@ -59,7 +59,7 @@ def run(call: Invocation) -> int:
                 control.ask(record, CODES[args.verb])
             except ChaosError as error:
                 failures.append(error)
-        late = _collect(control, wait=args.wait, timeout=args.timeout)
+        late = _collect(control, wait=args.wait, timeout=args.timeout, report=call.report)
         if args.json:
             call.print_json([_describe(request) for request in control.requests])
         failures += [_refusal(request) for request in control.requests if request.result]
@@ -102,12 +102,14 @@ def _targets(call: Invocation, failures: list[ChaosError]) -> list[Record]:
     return list(found.values())
 
 
-def _collect(control: Control, *, wait: bool, timeout: float | None) -> list[Request]:
+def _collect(
+    control: Control, *, wait: bool, timeout: float | None, report: Report
+) -> list[Request]:
     """Wait as the options have it; returns those that did not come to an end in time."""
     if not wait:
-        control.wait(ANSWER_SECONDS if timeout is None else timeout)
+        control.wait(ANSWER_SECONDS if timeout is None else timeout, report=report)
         return [r for r in control.requests if r.result is None and r.death is None]
-    control.wait(timeout, dead=True)
+    control.wait(timeout, dead=True, report=report)
     return [r for r in control.requests if not r.result and r.death is None]
 
 

@@ -113,6 +113,40 @@ def test_progress_comes_before_the_value(start: Start) -> None:
         assert pending.result() == "done"
 
 
+def test_progress_is_for_whoever_wants_it(start: Start) -> None:
+    asked: list[frames.Request] = []
+
+    def answer(sock: socket.socket, request: frames.Request) -> None:
+        asked.append(request)
+        if request.params.get("progress"):
+            for number in (1, 2):
+                value = {"what": "web", "done": number, "total": 2}
+                reply(sock, request.ident, frames.PROGRESS, value)
+        if request.method != "cancel":
+            reply(sock, request.ident, frames.OK, {"shells": 2})
+
+    seen: list[Any] = []
+    with Chaos(start(answer)) as chaos:
+        chaos.destroy_all()
+        assert "progress" not in asked[-1].params
+        for call in (
+            lambda: chaos.create("a.cfg", progress=seen.append),
+            lambda: chaos.destroy("web", progress=seen.append),
+            lambda: chaos.destroy_all(progress=seen.append),
+            lambda: chaos.shutdown("web", progress=seen.append),
+            lambda: chaos.reboot("web", progress=seen.append),
+            lambda: chaos.pool_wait(progress=seen.append),
+            lambda: chaos.pool_drain("f", progress=seen.append),
+            lambda: chaos.pool_remove("f", progress=seen.append),
+        ):
+            call()
+            assert [each["done"] for each in seen] == [1, 2], asked[-1].method
+            seen.clear()
+        with pytest.raises(ZeroDivisionError):
+            chaos.pool_wait(progress=lambda _: 1 / 0)
+        assert chaos.pool_drain("f") == 2
+
+
 @pytest.mark.parametrize(
     ("value", "kind", "text"),
     [

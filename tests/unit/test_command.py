@@ -304,3 +304,44 @@ def test_output_that_fails_says_so(null: int) -> None:
     asyncio.run(story())
     os.close(write)
     os.close(only_read)
+
+
+def test_progress_over_the_socket_ends_with_the_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    calls: list[Invocation] = []
+
+    def verb(call: Invocation) -> int:
+        for number in range(3):
+            call.report(f"web-{number}", number + 1, 3)
+        calls.append(call)
+        assert go.wait(PATIENCE)
+        call.report("late", 9, 9)
+        call.print_json([])
+        return 0
+
+    monkeypatch.setattr(destroy, "run", verb)
+
+    async def story(lab: Lab) -> None:
+        with await lab.client() as client:
+            await client.ask(1, "destroy", domains=["web"], progress=True)
+            for number in range(3):
+                value = {"what": f"web-{number}", "done": number + 1, "total": 3}
+                assert await client.reply() == (1, frames.PROGRESS, value)
+            await client.ask(2, "cancel", id=1)
+            replies = [await client.reply(), await client.reply()]
+            assert {(each[0], each[1]) for each in replies if each} == {(1, 1), (2, 0)}
+            go.set()  # what it says from now on is of no request
+            await client.ask(3, "destroy", domains=["web"])
+            assert await client.reply() == (3, frames.OK, [])
+            await client.ask(4, "destroy", domains=["web"], progress=1)
+            reply = await client.reply()
+            assert reply is not None
+            assert reply.value["message"] == 'the parameter "progress" is no bool'
+            await client.ask(5, "list", progress=True)
+            reply = await client.reply()
+            assert reply is not None
+            assert reply.value["message"] == 'list has no parameter "progress"'
+
+    run(tmp_path, story)

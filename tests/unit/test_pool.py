@@ -12,7 +12,7 @@ import pytest
 from paper_xen import Xen
 
 from chaos.daemon import pool as module
-from chaos.daemon.core import Daemon
+from chaos.daemon.core import Daemon, counted
 from chaos.daemon.pool import OVERHEAD_MIB, Pool
 from chaos.daemon.rights import Peer
 from chaos.daemon.settings import FLAVOURS_MAX, FlavourSpec, Settings
@@ -49,7 +49,10 @@ class Maker:
     def idle(self) -> bool:
         return self.ready
 
-    def ask(self, request: dict[str, Any], *_: Any, **__: Any) -> asyncio.Future[Any]:
+    def ask(self, request: dict[str, Any], *_: Any, **more: Any) -> asyncio.Future[Any]:
+        if told := more.get("told"):
+            for step in ("create domain", "load"):
+                told(step)
         future = asyncio.get_running_loop().create_future()
         if self.deadly:
             self.ready = False
@@ -85,7 +88,8 @@ class Lab:
         self.xen = Xen()
         self.names = names
         self.told: list[tuple[str, dict[str, Any]]] = []
-        self.pool = Pool(self.xen.host, names, settings, self.in_thread, self.emit)
+        none: Any = None
+        self.pool = Pool(self.xen.host, names, settings, self.in_thread, self.emit, none)
 
     async def in_thread(self, function: Callable[[Any, Registry], Any]) -> Any:
         return function(self.xen.host, self.names)
@@ -133,7 +137,7 @@ def spec(name: str = "f", size: int = 2, memory: int = 4) -> FlavourSpec:
     return FlavourSpec(name=name, config=DomainConfig(name=name, memory=memory), size=size)
 
 
-async def until(true: Callable[[], bool]) -> None:
+async def until(true: Callable[[], Any]) -> None:
     """Let the loop turn until something is so."""
     loop = asyncio.get_running_loop()
     while not true():
@@ -261,6 +265,57 @@ def test_the_pool_is_bounded_and_a_create_is_not(
         assert "problem" not in [kind for kind, _ in lab.told]
 
     run(test, **bound)
+
+
+def test_what_takes_long_reports_progress(run: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "k").write_bytes(b"image")
+    seen: list[tuple[str, int, int]] = []
+
+    def report(*what: Any) -> None:
+        seen.append(what)
+
+    async def test(lab: Lab) -> None:
+        pool = lab.pool
+        pool.add(spec("f", size=3))
+        await pool.filled(["f"], report)
+        assert seen == [("f", 1, 3), ("f", 2, 3), ("f", 3, 3)]
+        await pool.filled(["f"], report)
+        assert len(seen) == 3
+        seen.clear()
+        assert await pool.drain("f", report) == 3
+        assert seen == [("f", 1, 3), ("f", 2, 3), ("f", 3, 3)]
+        await pool.filled(["f"])
+        seen.clear()
+        # A cold create, for which the pool is no help.
+        asked = want(config(memory=9))
+        asked.source.kernel = str(tmp_path / "k")
+        told = counted(report, 2)
+        (opened,) = asked.source.open()
+        shell = await pool.order(asked.config, asked.source, [opened], room=0, told=told)
+        opened.close()
+        await pool.discard(shell)
+        assert seen == [("create domain", 1, 2), ("load", 2, 2)]
+        # Whoever waits for what will not come learns of it.
+        waiting = asyncio.ensure_future(pool.filled(["f"]))
+        pool.resize("f", 4)
+        await waiting
+        pool.flavour("f").problem = "no room"
+        waiting = asyncio.ensure_future(pool.filled(["f"]))
+        pool.flavour("f").size = 5
+        with pytest.raises(StateError, match="no room"):
+            await waiting
+        pool.flavour("f").problem = ""
+        pool.settings = Settings(max_shells=0)
+        pool.flavour("f").size = 6
+        waiting = asyncio.ensure_future(pool.filled(["f"]))
+        await until(lambda: pool._changes)
+        seen.clear()
+        await pool.remove("f", report)
+        with pytest.raises(StateError, match="removed meanwhile"):
+            await waiting
+        assert seen[-1][1:] == (len(seen), len(seen))
+
+    run(test)
 
 
 def test_flavours_are_bounded_and_keep_their_names(

@@ -65,13 +65,15 @@ class Host:
         self.xen = Xen()
         self.names = names
         self.printed: list[Any] = []
+        self.told: list[Any] = []
 
     def destroy(self, *domains: str, everything: bool = False) -> list[tuple[str, int | None]]:
         """The names and domids of what was destroyed or called off."""
         args = SimpleNamespace(domains=[*domains], all=everything, force=False, json=True)
         call: Any = SimpleNamespace(
-            args=args, host=self.xen.host, names=self.names, print_json=self.printed.append
-        )
+            args=args, host=self.xen.host, names=self.names, print_json=self.printed.append,
+            report=lambda *what: self.told.append(what),
+        )  # fmt: skip
         assert destroy.run(call) == 0
         return [(each["name"], each["domid"]) for each in self.printed.pop()]
 
@@ -92,6 +94,7 @@ def test_a_destroy_calls_a_restart_off(tmp_path: Path, restarts: Restarts, by: s
     restarts.write(one)
     # The dead domain is still there.
     assert host.destroy(*words, everything=by == "all") == [("one", domid)]
+    assert host.told == [("one", 1, 1)]
     assert restarts.all() == []
     # It is gone by now, and waits.
     restarts.write(one)
