@@ -14,28 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chaos.client import Chaos
+from chaos.registry import Registry
+from noxs.pageview import decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from chaos.host import Host
 
 PATIENCE = 120.0
 SETTINGS = Path("/run/chaos-test.toml")
 LOG = Path("/run/chaosd.log")
 GUESTS = "/src/guests/build"
-BROKEN = """
-import os, signal, sys
-from chaos.daemon import shell, maker, main
-
-def kill(context):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def broken(steps, victim, late):
-    return tuple(
-        step._replace(do=(lambda c, do=step.do: (do(c), kill(c))) if late else kill)
-        if step.name == victim else step
-        for step in steps
-    )
-"""
+HELLO, DAYTIME = "/src/examples/hello.cfg", "/src/examples/daytime.cfg"
+NONE = "[pool]\nadaptive = false\n"
 
 
 class Chaosd:
@@ -60,7 +52,7 @@ class Chaosd:
             command = ["chaosd"]
             if self.code:
                 run = "import sys\nfrom chaos.daemon.main import main\nsys.exit(main())"
-                command = [sys.executable, "-P", "-c", f"{BROKEN}\n{self.code}\n{run}"]
+                command = [sys.executable, "-P", "-c", f"{self.code}\n{run}"]
             with LOG.open("ab") as log:
                 self.process = subprocess.Popen(
                     [*command, "--config", str(SETTINGS)], stderr=log, env=environment
@@ -92,9 +84,8 @@ class Chaosd:
     def makers(self) -> list[int]:
         """The processes that make its shells."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [
-            int(pid) for pid in children if b"maker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        names = {int(pid): Path(f"/proc/{pid}/comm").read_text() for pid in children}
+        return [pid for pid, name in names.items() if name == "chaosd-maker\n"]
 
 
 @contextlib.contextmanager
@@ -133,3 +124,20 @@ def filled(chaos: Chaos, name: str | None = None) -> list[dict[str, Any]]:
         time.sleep(0.02)
         flavours = chaos.call("pool.list")
     return flavours
+
+
+def create(chaos: Chaos, name: str, path: str = HELLO, *overrides: str, **more: Any) -> Any:
+    kernel = f'kernel="{GUESTS}/{Path(path).stem}.elf"'
+    return chaos.call("create", path=path, overrides=[kernel, *overrides, f'name="{name}"'], **more)
+
+
+def served(chaos: Chaos, flavour: str) -> int:
+    return int(next(f["served"] for f in chaos.call("pool.list") if f["name"] == flavour))
+
+
+def page_of(host: Host, uuid: str) -> Any:
+    """The device page as the guest sees it, its first page."""
+    record = Registry().read(uuid)
+    assert record is not None
+    with host.memory.map(record.domid, [record.store_frame]) as mapping:
+        return decode(bytes(mapping.view))

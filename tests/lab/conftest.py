@@ -29,6 +29,10 @@ from daemons import (
 )
 from guest import making
 
+from chaos.host import Host
+from chaos.registry import Registry
+from noxs.bus import Bus
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -125,3 +129,22 @@ def restart_noxsd() -> Callable[[], None]:
         wait_for(serves, "noxsd does not start again")
 
     return restart
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """The hypervisor's handles."""
+    with Host() as opened:
+        yield opened
+
+
+@pytest.fixture
+def nothing_left(host: Host) -> Iterator[None]:
+    """A test that leaves nothing behind of its guests."""
+    from test_vif import Traces
+
+    Registry().prepare()
+    with Bus.connect() as bus:
+        traces = Traces(host, bus)
+        yield
+        traces.gone()

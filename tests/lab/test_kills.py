@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
-from chaosd import GUESTS, Chaosd, filled, running
+from chaosd import DAYTIME, GUESTS, HELLO, NONE, Chaosd, create, filled, running
 from daemons import PATIENCE, noxsd_pid, serves, start, wait_for, xendevd_pid
-from test_chaosd import DAYTIME, HELLO, NONE, ONE, create
 from test_vif import Traces, ping, vif
 
 from chaos.client import Chaos
@@ -35,6 +34,14 @@ from xenctypes.errors import ChaosError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+ONE = f"""
+[[flavour]]
+name = "daytime"
+memory = 4
+vif = ["bridge=xenbr0"]
+kernel = "{GUESTS}/daytime.elf"
+size = 1
+"""
 PLAN = Path("/run/kill-plan")
 # What a destroy consists of, in its order: module, owner, function.
 DESTROY = (
@@ -78,20 +85,13 @@ def obeying_call(owner, name):
         return result
     setattr(owner, name, call)
 """
-MAKER = f"""
-import sys
-{OBEY}
-from chaos.daemon import maker
-maker.SHELL_STEPS = obeying(maker.SHELL_STEPS)
-maker.IMAGE_STEPS = obeying(maker.IMAGE_STEPS)
-sys.exit(maker.main())
-"""
 DAEMON = f"""
 {OBEY}
-import chaos.daemon.core as core, chaos.daemon.workers as workers
+import chaos.daemon.core as core, chaos.daemon.maker as maker
 import chaos.registry, chaos.vif, chaos.xenstored, xenctypes.ctrl
 core.DELIVERY_STEPS = obeying(core.DELIVERY_STEPS)
-workers.MAKER = (sys.executable, "-P", "-c", {MAKER!r})
+maker.SHELL_STEPS = obeying(maker.SHELL_STEPS)
+maker.IMAGE_STEPS = obeying(maker.IMAGE_STEPS)
 """ + "\n".join(f"obeying_call({owner}, {name!r})" for owner, name in DESTROY + REKEY)
 
 pytestmark = pytest.mark.usefixtures("network")
