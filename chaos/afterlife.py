@@ -54,8 +54,8 @@ def successor(config: DomainConfig, record: Record) -> DomainConfig:
 def set_aside(host: Host, names: Registry, uuid: str) -> str:
     """Keep a dead domain under another name and UUID, which is returned.
 
-    Its vifs and its store are its successor's. Whatever its end was, it is preserved from now on.
-    Raises StateError if it is gone; what it did before another error does no harm when it is
+    Its devices and its store are its successor's. Whatever its end was, it is preserved from now
+    on. Raises StateError if it is gone; what it did before another error does no harm when it is
     called again.
     """
     with names.locked(), names.entry(uuid) as entry:
@@ -63,12 +63,12 @@ def set_aside(host: Host, names: Registry, uuid: str) -> str:
         record = names.read(uuid)
         if record is None:
             raise StateError(f"domain {uuid} is gone")
-        if record.macs or record.store:
+        if record.macs or record.disks or record.store:
             for take in strip(host, record.domid, record):
                 take()
             for mac in record.macs:
                 names.release_mac(mac, uuid)
-            record.macs, record.store = [], ""
+            record.macs, record.disks, record.store = [], [], ""
         if record.uuid == uuid:
             record.config |= dict.fromkeys(ENDINGS, "preserve")
             names.begin_rekey(entry, record, str(uuid_module.uuid4()), names.free_name(record.name))

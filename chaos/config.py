@@ -60,7 +60,6 @@ NOT_YET: tuple[tuple[str, Callable[[DomainConfig], bool], str], ...] = (
         lambda config: any(vif.backend not in {"", "0", "Domain-0"} for vif in config.vifs),
         "vifs served by another domain than Domain-0 are not supported yet",
     ),
-    ("disk", lambda config: bool(config.disks), "disks are not supported yet"),
     (
         "maxvcpus",
         lambda config: config.maxvcpus > config.vcpus,
@@ -143,6 +142,14 @@ def supported(config: DomainConfig) -> None:
     for key, wanted, cause in NOT_YET:
         if wanted(config):
             raise config.error(cause, key)
+    if config.disks:
+        from chaos.disk import check_supported
+
+        for disk in config.disks:
+            try:
+                check_supported(disk)
+            except ConfigError as error:
+                raise config.error(error.cause, "disk", hint=error.hint) from None
 
 
 def from_document(document: Document, *, directory: str = "") -> tuple[DomainConfig, list[str]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from chaos import image, pvh, registry, store, vif, xenstored
+from chaos import disk, image, pvh, registry, store, vif, xenstored
 from chaos.devicepage import DevicePage
 from chaos.domains import reap
 from chaos.signals import held
@@ -37,7 +37,7 @@ from chaos.steps import (
 )
 from noxs.abi import STATE_READY
 from noxs.page import Page, more_pages
-from xenctypes.errors import StateError, XenError
+from xenctypes.errors import DeviceError, StateError, XenError
 from xenctypes.public import HVM_PARAM_STORE_PFN, XEN_X86_EMU_LAPIC
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ class Creation:
     macs: list[bytes] = field(default_factory=list)
     vifs: list[vif.PreparedVif] = field(default_factory=list)
     connecting: bool = False  # the bus may know of the vifs
+    targets: list[disk.Target] = field(default_factory=list)
+    disks: list[disk.PreparedDisk] = field(default_factory=list)
+    connecting_disks: bool = False  # the bus may know of the disks
     announced: bool = False  # xenstored may know of the domain
     served: str = ""  # who serves its XenStore, see chaos.store
     tenancy: store.Tenancy | None = None
@@ -103,14 +106,17 @@ class Creation:
     def more_pages(self) -> int:
         """How many pages the device page needs beyond its first."""
         room = max(len(self.config.metadata), self.metadata_room)
-        return more_pages(len(self.config.vifs), room)
+        return more_pages(len(self.config.vifs) + len(self.config.disks), room)
+
+    @property
+    def device_pages(self) -> int:
+        """How many pages at the top of the guest's memory are its devices': vifs', then disks'."""
+        return len(self.config.vifs) * vif.PAGES + len(self.config.disks) * disk.PAGES
 
     @property
     def reserve(self) -> int:
-        """How many pages at the top of the guest's memory are ours: the vifs', then more_pages."""
-        if self.stock:
-            return 0
-        return len(self.config.vifs) * vif.PAGES + self.more_pages
+        """How many pages at the top of the guest's memory are ours: devices', then more_pages."""
+        return 0 if self.stock else self.device_pages + self.more_pages
 
     @property
     def top(self) -> int:
@@ -122,7 +128,7 @@ class Creation:
     def page_frames(self) -> list[int]:
         """The frames of the device page's area."""
         assert self.loaded is not None
-        return [self.loaded.store_frame, *self.reserved[len(self.config.vifs) * vif.PAGES :]]
+        return [self.loaded.store_frame, *self.reserved[self.device_pages :]]
 
     def describe(self) -> Page:
         """What the guest will read of itself."""
@@ -131,9 +137,12 @@ class Creation:
             self.config.name,
             self.domid,
             self.uuid.bytes,
-            devices=tuple(prepared.describe() for prepared in self.vifs),
+            devices=(
+                *(prepared.describe() for prepared in self.vifs),
+                *(prepared.describe() for prepared in self.disks),
+            ),
             metadata=self.config.metadata,
-            first_free_gref=vif.FIRST_GREF + len(self.vifs) * vif.PAGES,
+            first_free_gref=vif.FIRST_GREF + self.device_pages,
             more_pages=tuple(range(self.top - self.more_pages, self.top)),
             reserved=((first, len(self.reserved)),) if self.reserved else (),
         )
@@ -184,8 +193,9 @@ def _reserve(creation: Creation) -> None:
 
 def _release(creation: Creation) -> None:
     if creation.entry is not None and creation.record is not None:
-        # Else netback or a store still has its pages, and the record is for the reaper.
-        if not creation.vifs and (creation.tenancy is None or creation.tenancy.gone):
+        # Else a back end or a store still has its pages, and the record is for the reaper.
+        held = creation.vifs or creation.disks
+        if not held and (creation.tenancy is None or creation.tenancy.gone):
             creation.registry.forget(creation.entry, creation.record)
         creation.entry.close()
         creation.entry = None
@@ -217,8 +227,30 @@ def _check_vifs(creation: Creation) -> None:
         vif.check(config)
 
 
-def _check_devices(creation: Creation) -> None:
+def _check_disks(creation: Creation) -> None:
+    creation.targets = [disk.look(config) for config in creation.config.disks]
+    if not creation.targets:
+        return
+    pairs = list(zip(creation.config.disks, creation.targets, strict=True))
+    host, names, uuid = creation.host, creation.registry, str(creation.uuid)
+    try:
+        disk.check_free(names, uuid, pairs)
+    except DeviceError:
+        # Whose disk it is may be dead; its record is, if nobody locks it.
+        if not reap(host, names, host.ctrl.domain_list(), []):
+            raise
+        disk.check_free(names, uuid, pairs)
+    assert creation.record is not None
+    creation.record.disks = [disk.entry(config, target) for config, target in pairs]
+
+
+def _check_shell(creation: Creation) -> None:
     _check_vifs(creation)
+    _check_disks(creation)
+
+
+def _check_devices(creation: Creation) -> None:
+    _check_shell(creation)
     if not creation.config.vifs:
         return
     assert creation.record is not None
@@ -375,6 +407,44 @@ def _disconnect_vifs(creation: Creation) -> None:
         creation.connecting = False
 
 
+def _prepare_disks(creation: Creation) -> None:
+    if not creation.config.disks or creation.stock:
+        return
+    _write_down(creation)
+    first = len(creation.config.vifs) * vif.PAGES
+    top = creation.top - len(creation.reserved)
+    pairs = zip(creation.config.disks, creation.targets, strict=True)
+    for index, (config, target) in enumerate(pairs, first):
+        creation.disks.append(
+            disk.PreparedDisk(
+                config=config,
+                target=target,
+                pfn=top + index,
+                frame=creation.reserved[index],
+                gref=vif.FIRST_GREF + index,
+                port=creation.host.ctrl.evtchn_alloc_unbound(creation.domid, vif.DOM0),
+            )
+        )
+    disk.seed(creation.host, creation.domid, creation.disks)
+
+
+def _forget_disks(creation: Creation) -> None:
+    if not creation.connecting_disks:
+        creation.disks = []
+
+
+def _connect_disks(creation: Creation) -> None:
+    if creation.disks:
+        creation.connecting_disks = True
+        creation.disks = disk.connect(creation.host.bus, creation.domid, creation.disks)
+
+
+def _disconnect_disks(creation: Creation) -> None:
+    if creation.connecting_disks:
+        disk.disconnect_all(creation.host.bus, creation.domid)
+        creation.connecting_disks = False
+
+
 def _load(creation: Creation) -> None:
     assert creation.kernel is not None
     if creation.stock:
@@ -423,6 +493,7 @@ def _open_store(creation: Creation) -> None:
             creation.macs,
             creation.store_port,
             creation.loaded.store_frame,
+            creation.targets,
         )
         store.open_store(creation.tenancy)
 
@@ -490,6 +561,8 @@ CREATE_STEPS: tuple[Step[Creation], ...] = (
     Step("bind channel", PREPARE, HYPERVISOR, _bind_store, _unbind_store),
     Step("prepare vifs", PREPARE, DEVICES, _prepare_vifs, _forget_vifs),
     Step("connect vifs", PREPARE, BUS, _connect_vifs, _disconnect_vifs),
+    Step("prepare disks", PREPARE, DEVICES, _prepare_disks, _forget_disks),
+    Step("connect disks", PREPARE, BUS, _connect_disks, _disconnect_disks),
     Step("load image", EXECUTE, IMAGE, _load),
     Step("write page", EXECUTE, TOOLSTACK, _write_page, _close_page),
     Step("open store", EXECUTE, BUS, _open_store, _close_store),
@@ -501,7 +574,7 @@ CREATE_STEPS: tuple[Step[Creation], ...] = (
 )
 UNPAUSED_STEPS = CREATE_STEPS[:-1]
 SHELL_STEPS: tuple[Step[Creation], ...] = (
-    Step("check devices", PREPARE, CONFIG, _check_vifs),
+    Step("check devices", PREPARE, CONFIG, _check_shell),
     *(step for step in CREATE_STEPS if step.phase == PREPARE and step.name != "bind channel"),
 )
 """A shell without an image, made elsewhere than in the process that owns it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from chaos import registry, store, vif, xenstored
+from chaos import disk, registry, store, vif, xenstored
 from xenctypes.errors import ChaosError, StateError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def end(host: Host, info: DomainInfo, record: Record) -> None:
         except ChaosError as error:
             failures.append(error)
 
-    if (record.macs or record.store) and not info.dying:
+    if (record.macs or record.disks or record.store) and not info.dying:
         attempt(lambda: host.ctrl.domain_pause(info.domid))
     for take in strip(host, info.domid, record):
         attempt(take)
@@ -87,12 +87,14 @@ def strip(host: Host, domid: int, record: Record) -> list[Callable[[], object]]:
     All of it can be done again, and without a domain. Each raises ChaosError.
     """
     release = partial(store.release, host, record.store, domid, record.uuid)
-    # The vifs' end takes an empty directory along.
+    # The devices' end takes an empty directory along.
     takings: list[Callable[[], object]] = [partial(xenstored.withdraw, host, domid)]
     if record.store == store.PRIVATE:
         takings.append(release)
     if record.macs:
         takings.append(lambda: vif.disconnect_all(host.bus, domid))
+    if record.disks:
+        takings.append(lambda: disk.disconnect_all(host.bus, domid))
     if record.store == store.SHARED:
         takings.append(release)
     return takings

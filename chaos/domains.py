@@ -224,7 +224,7 @@ def _is_held(record: Record) -> bool:
 
     One that another toolstack destroyed goes only when they let go.
     """
-    return bool(record.macs or record.store)
+    return bool(record.macs or record.disks or record.store)
 
 
 def settle(host: Host, names: Registry, entry: Entry, record: Record) -> None:

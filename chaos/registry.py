@@ -61,8 +61,8 @@ class Record:
     device page (or XenStore ring), -1 before they are known. ``console_port`` and
     ``store_port`` are event channels on the guest's side; 0 means none. ``store`` is who serves its
     XenStore (chaos.store), "" for nobody and for noxs guests.
-    ``macs`` are the addresses of its vifs, in their order. ``paused`` is whether it was created to
-    stay paused.
+    ``macs`` are the addresses of its vifs, in their order, ``disks`` its disks (chaos.disk.entry).
+    ``paused`` is whether it was created to stay paused.
     ``created`` is seconds since the epoch; ``ready_ms`` the time from unpause to the guest's
     ready event, None until it was seen.
     """
@@ -79,6 +79,7 @@ class Record:
     store_port: int = 0
     store: str = ""
     macs: list[str] = field(default_factory=list)
+    disks: list[dict[str, Any]] = field(default_factory=list)
     created: float = 0.0
     ready_ms: float | None = None
     config: dict[str, Any] = field(default_factory=dict)

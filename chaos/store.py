@@ -16,7 +16,7 @@ import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chaos import device, vif, xenstored
+from chaos import device, disk, vif, xenstored
 from chaos.steps import BUS, DEVICES, EXECUTE, Step
 from xenctypes.errors import BusError, DeviceError
 
@@ -48,6 +48,11 @@ def _storesd_runs() -> bool:
 
 def check(config: DomainConfig, served: str) -> None:
     """Refuse what takes a store where there is none. Raises DeviceError."""
+    if config.disks:
+        raise DeviceError(
+            "the image does not speak noxs, and disks of stock guests are not supported yet",
+            hint="build it with noxs.h, or leave disk= out",
+        )
     if config.vifs and not served:
         raise DeviceError(
             "storesd is not running: a guest that does not speak noxs needs it for its devices",
@@ -59,7 +64,8 @@ def check(config: DomainConfig, served: str) -> None:
 class Tenancy:
     """A stock guest's place in a store. ``service`` is PRIVATE or SHARED.
 
-    ``port`` is the guest's end of its store channel, ``frame`` that of the ring's page.
+    ``port`` is the guest's end of its store channel, ``frame`` that of the ring's page, ``targets``
+    what holds its disks.
     """
 
     host: Host
@@ -70,6 +76,7 @@ class Tenancy:
     macs: Sequence[bytes]
     port: int
     frame: int
+    targets: Sequence[disk.Target] = ()
     opened: bool = False
     attached: bool = False
 
@@ -81,7 +88,9 @@ class Tenancy:
     @property
     def devices(self) -> list[Device]:
         """What the guest is to have."""
-        return vif.devices(self.config.name, self.macs, self.config.vifs)
+        config = self.config
+        vifs = vif.devices(config.name, self.macs, config.vifs)
+        return vifs + disk.devices(config.disks, self.targets)
 
 
 def open_store(tenancy: Tenancy) -> None:
@@ -90,6 +99,8 @@ def open_store(tenancy: Tenancy) -> None:
     tenancy.opened = True
     if tenancy.config.vifs:
         vif.disconnect_all(host.bus, domid)  # a domid comes round again
+    if tenancy.config.disks:
+        disk.disconnect_all(host.bus, domid)
     nodes = _build_nodes(domid, tenancy.config)
     if tenancy.service == PRIVATE:
         host.stores.open(domid, uuid, tenancy.config.name)
@@ -141,12 +152,14 @@ def attach_devices(tenancy: Tenancy) -> None:
         for each in devices:
             host.stores.attach(domid, each.kind, each.devid, each.front)
     vif.await_plugged(host.bus, domid, [each.devid for each in devices if each.kind == "vif"])
+    disk.await_progress(host.bus, domid, tenancy.config.disks, connected=False)
 
 
 def detach_devices(tenancy: Tenancy) -> None:
     """Undo ``attach_devices``. Raises ChaosError."""
     if tenancy.attached:
         vif.disconnect_all(tenancy.host.bus, tenancy.domid)
+        disk.disconnect_all(tenancy.host.bus, tenancy.domid)
         tenancy.attached = False
 
 

@@ -259,9 +259,12 @@ def pages_needed(devices: tuple[Device | None, ...], metadata_length: int) -> in
     return -(-end // PAGE_SIZE)
 
 
-def more_pages(vifs: int, metadata_length: int) -> int:
-    """How many pages the area of a guest with so many vifs needs beyond its first."""
-    return pages_needed((None,) * vifs, metadata_length) - 1
+def more_pages(devices: int, metadata_length: int) -> int:
+    """How many pages the area of a guest with so many devices needs beyond its first.
+
+    Each has one queue.
+    """
+    return pages_needed((None,) * devices, metadata_length) - 1
 
 
 def check_abi(version: int) -> None:

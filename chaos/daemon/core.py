@@ -280,6 +280,10 @@ class Daemon:
         return self.pool.take(wanted.shape, wanted.key(peer), wanted.pages)
 
     async def _made(self, wanted: Wanted, peer: Peer, report: Report | None) -> Shell:
+        if wanted.config.disks:
+            raise StateError(
+                "chaosd creates no guests with disks yet", hint="as root: chaos --no-daemon create"
+            )
         if self.names.uuid_of(wanted.config.name) is not None:
             # Sooner than after building it all; whoever holds the name may be gone, though.
             name = wanted.config.name
@@ -318,7 +322,7 @@ class Daemon:
                 subject=f'cannot create "{config.name}"',
             )
         except ChaosError as error:
-            if self._is_as_before(shell, error):
+            if not config.disks and self._is_as_before(shell, error):
                 self.pool.put_back(shell)
             else:
                 self.pool.spawn(self.pool.discard(shell))

@@ -362,7 +362,9 @@ class Pool:
             for mac in macs:
                 names.release_mac(mac.hex(":"), uuid)
             raise
-        shell = Shell(self.host, names, uuid, shape, macs, more_pages(len(macs), room))
+        shell = Shell(
+            self.host, names, uuid, shape, macs, more_pages(len(macs) + len(config.disks), room)
+        )
         shell.image = key
         request = {
             "do": "make",

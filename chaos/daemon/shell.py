@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
+from chaos.disk import target_of
 from chaos.registry import RUNNING, SHELL, Record
 from chaos.steps import EXECUTE, HYPERVISOR, PREPARE, TOOLSTACK, Step, Timing
 from chaos.store import Tenancy
@@ -45,8 +46,8 @@ class Shell:
     """
 
     __slots__ = (
-        "console_frame", "console_port", "digest", "domid", "flavour", "host", "image", "macs",
-        "mapping", "names", "noxs", "pages", "port", "record_fd", "record_size", "shape",
+        "console_frame", "console_port", "digest", "disks", "domid", "flavour", "host", "image",
+        "macs", "mapping", "names", "noxs", "pages", "port", "record_fd", "record_size", "shape",
         "store", "store_frame", "store_port", "template", "timings", "uuid", "worker",
     )  # fmt: skip
 
@@ -63,6 +64,7 @@ class Shell:
         self.worker: Worker | None = None
         self.flavour: Flavour | None = None
         self.digest = ""
+        self.disks: list[dict[str, Any]] = []
         self.domid = -1
         self.noxs = False
         self.console_port = self.store_port = self.port = 0
@@ -80,6 +82,7 @@ class Shell:
         self.console_port, self.store_port = made["console_port"], made["store_port"]
         self.console_frame, self.store_frame = made["console_frame"], made["store_frame"]
         self.noxs = made["noxs"]
+        self.disks = made["disks"]
         self.store = made["store"]
         self.digest = made["digest"] or self.digest
         self.timings += [Timing(n, p, c, 0, ns) for n, p, c, ns in made["timings"]]
@@ -163,6 +166,7 @@ class Delivery:
             store_port=shell.store_port,
             store=shell.store,
             macs=[mac.hex(":") for mac in shell.macs],
+            disks=shell.disks,
             created=self.created,
         )
 
@@ -178,6 +182,7 @@ class Delivery:
             tuple(shell.macs),
             shell.store_port,
             shell.store_frame,
+            [target_of(disk) for disk in shell.disks],
         )
 
 
@@ -280,7 +285,13 @@ def _unrecord(delivery: Delivery) -> None:
         shell = delivery.shell
         macs = [mac.hex(":") for mac in shell.macs]
         record = Record(
-            shell.uuid, "", state=SHELL, domid=shell.domid, macs=macs, store=shell.store
+            shell.uuid,
+            "",
+            state=SHELL,
+            domid=shell.domid,
+            macs=macs,
+            disks=shell.disks,
+            store=shell.store,
         )
         shell.write_record(record.to_json())
 

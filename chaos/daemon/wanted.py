@@ -114,7 +114,7 @@ def want(config: DomainConfig, warnings: Sequence[str] = ()) -> Wanted:
         config,
         shape_of(config),
         Source(config.kernel, config.ramdisk, config.cmdline),
-        more_pages(len(config.vifs), len(config.metadata)),
+        more_pages(len(config.vifs) + len(config.disks), len(config.metadata)),
         text.removeprefix(f'{{"name": {name}'),
         tuple(warnings),
     )

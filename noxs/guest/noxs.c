@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
  * noxs for unikernels: the device page, the toolstack's requests, the metadata, grants and
- * vifs. noxs.h says what it does and what it needs.
+ * vifs, vbds. noxs.h says what it does and what it needs.
  *
  * The toolstack and the backends are trusted no further than memory safety asks: every
  * number that comes from shared memory is read once and checked before it is used.
@@ -579,4 +579,108 @@ void noxs_net_send(struct noxs_net *net, uint32_t length, uint32_t flags)
     net->tx_frames++;
     if (push(net->tx, net->tx_prod - 1, net->tx_prod))
         noxs_os_notify(net->queue.tx_evtchn);
+}
+
+/* ---- Block ring (public/io/blkif.h, in the x86-64 layout) -------------------------- */
+
+struct blk_segment {
+    uint32_t gref;
+    uint8_t first, last; /* sectors in the page, both used */
+    uint16_t pad;
+};
+
+struct blk_request {
+    uint8_t operation, segments;
+    uint16_t handle;
+    uint32_t pad;
+    uint64_t id, sector;
+    struct blk_segment segment[11];
+};
+
+struct blk_response {
+    uint64_t id;
+    uint8_t operation, pad;
+    int16_t status;
+};
+
+_Static_assert(sizeof(struct blk_request) == 112, "block request");
+
+static volatile void *blk_slot(struct noxs_disk *disk, uint32_t index)
+{
+    return disk->ring + SLOTS + (index % NOXS_DISK_RING) * sizeof(struct blk_request);
+}
+
+int noxs_disk_open(struct noxs_disk *disk, struct noxs *n, const struct noxs_vbd *vbd)
+{
+    memset(disk, 0, sizeof(*disk));
+    disk->noxs = n;
+    disk->vbd = *vbd;
+    if (vbd->queue.ring_order)
+        return NOXS_EBAD;
+    disk->ring = noxs_os_map(vbd->queue.ring_pfn[0]);
+    return disk->ring ? 0 : NOXS_ENOMEM;
+}
+
+int noxs_disk_start(struct noxs_disk *disk, uint32_t operation, uint64_t sector, uint32_t count,
+                    void *page)
+{
+    volatile struct blk_request *request = blk_slot(disk, disk->prod);
+    int flush = operation == NOXS_DISK_FLUSH;
+    uint32_t id = 0;
+    int64_t gref = 0;
+
+    if (!flush && (!count || count > PAGE / NOXS_SECTOR))
+        return NOXS_EBAD;
+    while (id < NOXS_DISK_RING && disk->busy >> id & 1)
+        id++;
+    if (id == NOXS_DISK_RING || disk->prod - disk->cons >= NOXS_DISK_RING)
+        return NOXS_ENOENT;
+    if (!flush)
+        gref = noxs_grant(disk->noxs, disk->vbd.dev.backend, page, operation == NOXS_DISK_WRITE);
+    if (gref < 0)
+        return NOXS_ENOMEM;
+    request->operation = (uint8_t)operation;
+    request->segments = !flush;
+    request->handle = (uint16_t)disk->vbd.dev.handle;
+    request->id = id;
+    request->sector = sector;
+    request->segment[0].gref = (uint32_t)gref;
+    request->segment[0].first = 0;
+    request->segment[0].last = (uint8_t)(flush ? 0 : count - 1);
+    disk->gref[id] = (uint32_t)gref;
+    disk->busy |= 1u << id;
+    disk->prod++;
+    disk->requests++;
+    if (push(disk->ring, disk->prod - 1, disk->prod))
+        noxs_os_notify(disk->vbd.queue.evtchn);
+    return (int)id;
+}
+
+int noxs_disk_done(struct noxs_disk *disk, int *status)
+{
+    const volatile struct blk_response *response;
+    uint32_t prod = load(disk->ring + RSP_PROD);
+    uint64_t id;
+
+    if (prod == disk->cons) {
+        store(disk->ring + RSP_EVENT, disk->cons + 1);
+        full_barrier();
+        prod = load(disk->ring + RSP_PROD);
+        if (prod == disk->cons)
+            return NOXS_ENOENT;
+    }
+    if (prod - disk->cons > disk->prod - disk->cons)
+        return NOXS_EBAD; /* more answers than questions */
+    response = blk_slot(disk, disk->cons);
+    id = response->id;
+    *status = response->status;
+    disk->cons++;
+    if (id >= NOXS_DISK_RING || !(disk->busy >> id & 1))
+        return NOXS_EBAD;
+    if (disk->gref[id] && noxs_ungrant(disk->noxs, disk->gref[id]))
+        return NOXS_EBAD; /* it says that it is done and keeps the page */
+    disk->busy &= ~(1u << id);
+    if (*status)
+        disk->errors++;
+    return (int)id;
 }

@@ -4,7 +4,7 @@
  *
  * The first half is the ABI, version 1; docs/noxs-abi.md is its contract. The second half
  * declares noxs.c, one file that any unikernel may drop in: it reads the page, answers the
- * toolstack, hands out the metadata and drives vifs. noxs.c needs the five noxs_os_*
+ * toolstack, hands out the metadata and drives vifs and vbds. noxs.c needs the five noxs_os_*
  * functions below, and memcpy() and memset() as every freestanding program does.
  *
  * No other header is needed: <stdint.h> and <stddef.h> are the compiler's own.
@@ -353,5 +353,42 @@ uint32_t noxs_net_receive(struct noxs_net *net, void *to, uint32_t size, uint32_
  */
 void *noxs_net_frame(struct noxs_net *net);
 void noxs_net_send(struct noxs_net *net, uint32_t length, uint32_t flags);
+
+/* ---- A disk ---------------------------------------------------------------------- */
+
+#define NOXS_DISK_RING 32  /* requests in a ring of one page */
+#define NOXS_SECTOR    512 /* the unit of sector numbers, whatever sector_size is */
+
+/* Operations of public/io/blkif.h. */
+#define NOXS_DISK_READ  0u
+#define NOXS_DISK_WRITE 1u
+#define NOXS_DISK_FLUSH 3u
+
+struct noxs_disk {
+    struct noxs *noxs;
+    struct noxs_vbd vbd;
+    volatile uint8_t *ring;
+    uint32_t prod, cons;
+    uint32_t busy;                 /* bit n: request n is under way */
+    uint32_t gref[NOXS_DISK_RING]; /* 0: a request without data */
+    uint64_t requests, errors;
+};
+
+/* Start queue 0 of a vbd, which has a ring of one page. */
+int noxs_disk_open(struct noxs_disk *disk, struct noxs *n, const struct noxs_vbd *vbd);
+/*
+ * Start a request: count sectors (1 to 8) from a sector number on, between the disk and the
+ * start of a page, which stays untouched until the request is done; or a flush, which has
+ * neither. Returns its number, NOXS_ENOENT while all are under way, NOXS_ENOMEM without a
+ * grant reference, NOXS_EBAD for what cannot be asked. An event on vbd.queue.evtchn follows.
+ */
+int noxs_disk_start(struct noxs_disk *disk, uint32_t operation, uint64_t sector, uint32_t count,
+                    void *page);
+/*
+ * The number of a request that is done, with *status 0, or negative where the backend failed
+ * or refused it. NOXS_ENOENT: none; then an event has been asked for. NOXS_EBAD: the ring is
+ * not to be believed.
+ */
+int noxs_disk_done(struct noxs_disk *disk, int *status);
 
 #endif

@@ -25,6 +25,7 @@ LIMITS = {
     "spin": 100_000,
     "daytime": 150_000,
     "chatty": 100_000,
+    "disk": 100_000,
     "noxs-fuzz": 100_000,
 }
 
@@ -103,6 +104,18 @@ def test_noxs_c_stands_alone(tmp_path: Path) -> None:
         probe = tmp_path / "probe.cc"
         probe.write_text('extern "C" {\n#include "noxs.h"\n}\nNOXS_ELF_NOTE();\n')
         subprocess.run(["g++", "-I", noxs.parent, "-c", "-o", tmp_path / "cc.o", probe], check=True)
+
+
+# ---- The disk ring
+
+
+def test_the_disk_ring_believes_its_backend_nothing(tmp_path: Path) -> None:
+    program = tmp_path / "disk_host"
+    flags = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
+    sources = [ROOT / "tests/unit/disk_host.c", ROOT / "noxs/guest/noxs.c"]
+    include = ["-I", ROOT / "noxs/guest"]
+    subprocess.run(["gcc", *flags, *include, "-o", program, *sources], check=True)
+    subprocess.run([program], check=True)
 
 
 # ---- The network stack

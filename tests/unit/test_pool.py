@@ -72,7 +72,7 @@ class Maker:
             {
                 "domid": domid, "console_port": 1, "store_port": 2, "console_frame": 3,
                 "store_frame": 4 if warm else -1, "noxs": False, "digest": "", "page": b"",
-                "page_frames": [], "timings": [], "store": "",
+                "page_frames": [], "timings": [], "store": "", "disks": [],
             }
         )  # fmt: skip
         return future

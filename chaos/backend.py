@@ -1,0 +1,118 @@
+"""A back end in Dom0's kernel: where it is on the bus, how one hears from it, and its end.
+
+Common to all kinds; ``kind`` is "vbd" as in the bus's paths and in the names of sysfs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from chaos.device import DOM0, backend_path, frontend_path
+from noxs import hotplug
+from xenctypes.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from noxs.bus import Bus
+
+CONNECTED, CLOSING, CLOSED = "4", "5", "6"  # xenbus_state, io/xenbus.h
+CLOSE_TIMEOUT = 30.0
+LOOK_EVERY = 1.0  # seconds between looks at what no watch tells of
+DEVICES = "/sys/devices"  # a link below /sys/bus would go before the driver has let go
+
+
+def directory(domid: int, kind: str) -> str:
+    """Where the back ends of a domain's devices are on the bus."""
+    return f"/local/domain/{DOM0}/backend/{kind}/{domid}"
+
+
+def error_path(domid: int, kind: str, devid: int) -> str:
+    """Where the driver says what went wrong (xenbus_va_dev_error)."""
+    return f"{_errors(domid, kind)}/{devid}/error"
+
+
+def _errors(domid: int, kind: str) -> str:
+    return f"/local/domain/{DOM0}/error/backend/{kind}/{domid}"
+
+
+def driven(domid: int, kind: str, devid: int) -> bool:
+    """Whether a driver has the device."""
+    return os.path.exists(f"{DEVICES}/{kind}-{domid}-{devid}/driver")
+
+
+def close(bus: Bus, domid: int, kind: str, devids: Sequence[int]) -> None:
+    """Have the driver let go of devices, and remove their nodes; missing ones are fine.
+
+    Raises DeviceError when that takes longer than CLOSE_TIMEOUT; the nodes are removed even then.
+    """
+    backs = [backend_path(domid, kind, devid) for devid in devids]
+    fronts = [frontend_path(domid, kind, devid) for devid in devids]
+    changes: list[tuple[str, str]] = []
+    for back, front in zip(backs, fronts, strict=True):
+        if bus.exists(f"{back}/frontend"):
+            changes += [(f"{back}/online", "0"), (f"{front}/state", CLOSED)]
+    if changes:
+        bus.transact(lambda tx: tx.write_many(changes), repeatable=True)
+    deadline = time.monotonic() + CLOSE_TIMEOUT
+    # A device whose probe failed has no driver to close it; it goes with its nodes.
+    wait_for(deadline, lambda: not any(driven(domid, kind, devid) for devid in devids))
+    bus.rm_many([*backs, *fronts, _errors(domid, kind)])
+    base = f"/local/domain/{DOM0}/error"
+    _prune(bus, (directory(domid, kind), f"/local/domain/{domid}"))
+    _prune(bus, (f"{base}/backend/{kind}", f"{base}/backend", base))
+    left = [f"{kind}-{domid}-{devid}" for devid in devids]
+    if not wait_for(deadline, lambda: not any(os.path.exists(f"{DEVICES}/{n}") for n in left)):
+        names = ", ".join(name for name in left if os.path.exists(f"{DEVICES}/{name}"))
+        raise DeviceError(f"the driver does not let go of {names}", hint="dmesg says why")
+
+
+def wait_for(deadline: float, condition: Callable[[], bool]) -> bool:
+    """Wait for the kernel to finish with a device: nothing that we could wait on tells of it."""
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def _prune(bus: Bus, directories: Sequence[str]) -> None:
+    """Remove directories that hold nothing any more but empty ones."""
+    for path in directories:
+        if bus.exists(path) and not _leaves(bus, path):
+            bus.rm(path)
+
+
+def _leaves(bus: Bus, path: str) -> bool:
+    if bus.get(path):
+        return True
+    return any(_leaves(bus, f"{path}/{name}") for name in bus.directory(path))
+
+
+@contextmanager
+def watching(bus: Bus, path: str) -> Iterator[Callable[[float], Iterator[None]]]:
+    """Watch a backend directory; what is yielded gives turns: at once, after changes, now and then.
+
+    Only changes that tell how far a device is count: a driver writes a dozen other nodes for each.
+    """
+    token = f"devices {path}"
+    bus.watch(path, token)
+
+    def tells(changed: str) -> bool:
+        return changed == path or changed.rpartition("/")[2] in {"state", hotplug.STATUS}
+
+    def changes(timeout: float) -> Iterator[None]:
+        deadline = time.monotonic() + timeout
+        yield None
+        while (left := deadline - time.monotonic()) > 0:
+            events = bus.events(min(left, LOOK_EVERY))
+            if not events or any(tells(changed) for changed, _ in events):
+                yield None
+
+    try:
+        yield changes
+    finally:
+        bus.unwatch(path, token)
