@@ -24,6 +24,7 @@ Prints JSON: milliseconds (median, p99) and ratios. It starts the daemons that d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -220,12 +221,13 @@ def main() -> int:
     try:
         with connect() as chaos:
             bench = Bench(chaos, str(configs["daytime"]), str(configs["hello"]))
-            for number in range(args.count):
-                bench.sample(with_xl=with_xl)
-                if not number % 4:
-                    bench.refill()
-                sys.stderr.write(".")
-                sys.stderr.flush()
+            with contextlib.suppress(KeyboardInterrupt):  # with what there is by then
+                for number in range(args.count):
+                    bench.sample(with_xl=with_xl)
+                    if not number % 4:
+                        bench.refill()
+                    sys.stderr.write(".")
+                    sys.stderr.flush()
     finally:
         daemon.terminate()
         daemon.wait()
