@@ -21,7 +21,7 @@ from chaos.steps import BUS, DEVICES, EXECUTE, Step
 from xenctypes.errors import BusError, DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from chaos.device import Device, Value
     from chaos.domconfig import DomainConfig
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PRIVATE, SHARED = "storesd", "xenstored"
 """Who serves a guest's store, as records have it; "" is nobody."""
+REQUEST = "control/shutdown"
 
 
 def service(host: Host) -> str:
@@ -218,19 +219,21 @@ def rename(host: Host, record: Record) -> None:
         host.stores.write_many(pairs)
 
 
+def tell(host: Host, record: Record, pairs: Mapping[str, Value]) -> None:
+    """Write nodes below the guest's directory, which it watches. Raises BusError."""
+    base = f"/local/domain/{record.domid}"
+    _nodes(host, record).write_many([(f"{base}/{key}", value) for key, value in pairs.items()])
+
+
 def request(host: Host, record: Record, word: str) -> None:
     """Write what the guest is to do, such as "poweroff", where it looks for it. BusError."""
-    _nodes(host, record).write(_request_path(record), word)
+    tell(host, record, {REQUEST: word})
 
 
 def requested(host: Host, record: Record) -> str | None:
     """What the guest has left of its request: "" once it took it; None: it has no store."""
-    return _nodes(host, record).get(_request_path(record))
+    return _nodes(host, record).get(f"/local/domain/{record.domid}/{REQUEST}")
 
 
 def _nodes(host: Host, record: Record) -> Bus:
     return host.stores if record.store == PRIVATE else host.bus
-
-
-def _request_path(record: Record) -> str:
-    return f"/local/domain/{record.domid}/control/shutdown"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from paper_xen import Xen
 
+from chaos import store
 from chaos.daemon import pool as module
 from chaos.daemon.core import Daemon, counted
 from chaos.daemon.pool import OVERHEAD_MIB, Pool
@@ -19,10 +21,11 @@ from chaos.daemon.settings import FLAVOURS_MAX, FlavourSpec, Settings
 from chaos.daemon.wanted import want
 from chaos.daemon.workers import DELAYS, MakerDied
 from chaos.domconfig import DomainConfig
-from chaos.registry import Registry
+from chaos.registry import RUNNING, Record, Registry
+from chaos.steps import Step
 from chaos.verbs import pause
 from chaos.vifspec import parse_vif
-from xenctypes.errors import CallFailed, ChaosError, StateError, XenError
+from xenctypes.errors import CallFailed, ChaosError, DeviceError, StateError, StepError, XenError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -430,6 +433,111 @@ def test_a_generic_shell_with_an_image_is_of_its_flavour_no_more(
         opened[0].close()
         pool.put_back(shell)  # its delivery failed: its MAC address was taken, say
         assert flavour.shells == set()
+        await until(lambda: not lab.xen.domains)
+
+    run(test)
+
+
+class DeliveringStock(Delivering):
+    """The same for stock guests: what their stores were asked, and who is looked after."""
+
+    _deliver_stock = Daemon._deliver_stock
+    _deliver_with_store = Daemon._deliver_with_store
+    _unwanted = Daemon._unwanted
+    _settle = staticmethod(lambda *_: None)
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab)
+        self.lab = lab
+        self.loop = asyncio.get_running_loop()
+        self.stopping = False
+        self.hold: asyncio.Future[None] | None = None
+        self.guests = SimpleNamespace(expected=lambda _uuid: nullcontext(), end=self.end)
+        self.looked_after: list[str] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def in_thread(self, function: Callable[[Any, Registry], Any]) -> Any:
+        if self.hold is not None:
+            await self.hold
+        return function(self.lab.xen.host, self.lab.names)
+
+    def spawn(self, work: Any) -> None:
+        self.pool.spawn(work)
+
+    async def end(self, uuid: str) -> None:
+        """Destroy a guest."""
+        self.looked_after.remove(uuid)
+        names = self.lab.names
+        with names.entry(uuid) as entry:
+            names.forget(entry, names.read(uuid) or Record(uuid, "x"))
+        domain = self.lab.xen.of(uuid)
+        assert domain is not None
+        self.lab.xen.domain_destroy(domain.domid)
+
+    def _guest(self, delivery: Any) -> Any:
+        delivery.shell.close_record()
+        self.looked_after.append(delivery.shell.uuid)
+
+    async def deliver(self, shell: Any, *, paused: bool = False) -> Any:
+        """Deliver the shell as a stock guest."""
+        shell.store = store.PRIVATE
+        wanted = want(DomainConfig(name="web", memory=4, kernel="k"))
+        peer = Peer(1, 0, 0, ())
+        return await Daemon._deliver_stock(self, shell, wanted, peer, paused=paused)  # type: ignore[arg-type]
+
+
+def test_a_stock_guest_is_delivered_with_its_store_or_not_at_all(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, int]] = []
+    failing = False
+
+    def do(tenancy: store.Tenancy) -> None:
+        if failing:
+            raise DeviceError("no bridge br7")
+        asked.append((tenancy.uuid, tenancy.config.name, tenancy.domid))
+
+    monkeypatch.setattr(store, "STEPS", (Step("open store", "execute", "bus", do),))
+    monkeypatch.setattr(store, "_storesd_runs", lambda: False)
+
+    async def shells(lab: Lab) -> tuple[DeliveringStock, Any]:
+        flavour = lab.pool.add(spec(size=1))
+        await filled(lab.pool)
+        flavour.size = 0
+        (shell,) = flavour.shells
+        assert lab.pool.take(shell.shape, None, 0) is shell
+        del lab.pool.flavours["f"]
+        return DeliveringStock(lab), shell
+
+    async def test(lab: Lab) -> None:
+        nonlocal failing
+        daemon, shell = await shells(lab)
+        await daemon.deliver(shell)
+        assert asked == [(shell.uuid, "web", shell.domid)]
+        assert daemon.looked_after == [shell.uuid]
+        assert not lab.xen.domains[shell.domid].paused
+        record = lab.names.read(shell.uuid)
+        assert record is not None
+        assert (record.state, record.store, record.name) == (RUNNING, store.PRIVATE, "web")
+        await daemon.end(shell.uuid)
+
+        failing = True
+        daemon, shell = await shells(lab)
+        with pytest.raises(StepError, match='cannot create "web": open store: no bridge br7'):
+            await daemon.deliver(shell)
+        await until(lambda: not lab.xen.domains)
+        assert lab.names.uuid_of("web") is None
+
+        # Nobody waits for it any more.
+        failing = False
+        daemon, shell = await shells(lab)
+        daemon.hold = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(daemon.deliver(shell))
+        await until(lambda: lab.names.uuid_of("web") is not None)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        daemon.hold.set_result(None)
         await until(lambda: not lab.xen.domains)
 
     run(test)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import signal
@@ -11,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from noxsd_process import Noxsd
+from paper_xen import Xen
 from stores_host import UUID, Hardware, NoBridge, listener
 
 from chaos import config, control, store
 from chaos.control import Request
 from chaos.destroy import end, strip
-from chaos.registry import Record
+from chaos.registry import RUNNING, Record, Registry
 from chaos.steps import perform
 from chaos.store import PRIVATE, SHARED, Tenancy
+from chaos.verbs import targets
 from noxs import gueststores, hotplug
 from noxs.abi import ACK_OK, REQUEST_REBOOT
 from noxs.bus import Bus
 from noxs.gueststores import GuestStores
 from noxs.stores import Stores
-from xenctypes.errors import CallFailed, DeviceError, StepError
+from xenctypes.errors import CallFailed, DeviceError, StateError, StepError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -222,3 +225,65 @@ def test_an_end_does_all_it_can(host: Any, monkeypatch: pytest.MonkeyPatch, fail
     calls.clear()
     end(host, info, Record(UUID % 5, "bare", domid=5))
     assert calls == ["destroy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kib"), [("256", 1 << 18), ("1g", 1 << 20), ("2048k", 2048), ("64MB", 1 << 16)]
+)
+def test_amounts_of_memory(text: str, kib: int) -> None:
+    assert targets.kibibytes(text) == kib
+
+
+@pytest.mark.parametrize("text", ["", "m", "-1", "1x", "1.5g", "1000k", "0", "٣", "9" * 16])
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        targets.kibibytes(text)
+
+
+@pytest.mark.parametrize("text", ["", "hh", "é", "\n", "-"])
+def test_what_is_no_key(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        targets.letter(text)
+
+
+def call(host: Any, names: Registry, verb: str, **arguments: Any) -> Any:
+    args = SimpleNamespace(verb=verb, domain="web", **arguments)
+    return SimpleNamespace(host=host, names=names, args=args)
+
+
+def test_targets_are_written_within_their_bounds(host: Any, tmp_path: Path) -> None:
+    host.ctrl = xen = Xen()
+    names = Registry(str(tmp_path / "run"))
+    asked = record(PRIVATE)
+    asked.state, asked.config = RUNNING, {"maxmem": 128, "maxvcpus": 4}
+    names.reserve(asked).close()
+    while (domid := xen.create(asked.uuid)) != asked.domid:
+        del xen.domains[domid]
+    host.stores.open(5, asked.uuid, "web")
+    limits = []
+    xen.domain_setmaxmem = lambda *limit: limits.append(limit)  # type: ignore[attr-defined]
+    targets.run(call(host, names, "mem-set", memory=100 << 10))
+    targets.run(call(host, names, "vcpu-set", vcpus=3))
+    targets.run(call(host, names, "sysrq", key="s"))
+    base = "/local/domain/5"
+    assert limits == [(5, (100 << 10) + 1024)]
+    assert host.stores.read(f"{base}/memory/target") == str(100 << 10)
+    assert [host.stores.read(f"{base}/cpu/{n}/availability") for n in range(4)] == [
+        "online", "online", "online", "offline",
+    ]  # fmt: skip
+    assert host.stores.read(f"{base}/control/sysrq") == "s"
+    for verb, arguments, why in (
+        ("mem-set", {"memory": 129 << 10}, "can have 128 MiB at most"),
+        ("vcpu-set", {"vcpus": 0}, "1 to 4 vCPUs online, not 0"),
+        ("vcpu-set", {"vcpus": 5}, "1 to 4 vCPUs online, not 5"),
+    ):
+        with pytest.raises(StateError, match=why):
+            targets.run(call(host, names, verb, **arguments))
+    xen.domains[5].shutdown = True
+    with pytest.raises(StateError, match="is dead"):
+        targets.run(call(host, names, "sysrq", key="s"))
+    with names.entry(asked.uuid) as entry:
+        asked.store = ""
+        entry.write(asked)
+    with pytest.raises(StateError, match="has no store"):
+        targets.run(call(host, names, "sysrq", key="s"))
