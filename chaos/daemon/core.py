@@ -31,7 +31,7 @@ from chaos.host import Host
 from chaos.image import inspect
 from chaos.registry import DAEMON_LOCK, RUNNING, Registry
 from chaos.steps import perform, roll_back
-from xenctypes.errors import ChaosError, PageError, StateError
+from xenctypes.errors import ChaosError, PageError, PermissionDenied, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -280,9 +280,9 @@ class Daemon:
         return self.pool.take(wanted.shape, wanted.key(peer), wanted.pages)
 
     async def _made(self, wanted: Wanted, peer: Peer, report: Report | None) -> Shell:
-        if wanted.config.disks:
-            raise StateError(
-                "chaosd creates no guests with disks yet", hint="as root: chaos --no-daemon create"
+        if wanted.config.disks and peer.uid:
+            raise PermissionDenied(
+                "only root may create guests with disks", hint="a disk is any file of the host"
             )
         if self.names.uuid_of(wanted.config.name) is not None:
             # Sooner than after building it all; whoever holds the name may be gone, though.

@@ -18,7 +18,7 @@ from chaos.diskspec import parse_disk
 from chaos.registry import Record, Registry
 from noxs import abi, blockdev, hotplug
 from noxs.bus import Bus
-from xenctypes.errors import ConfigError, DeviceError, StateError
+from xenctypes.errors import ConfigError, DeviceError, PermissionDenied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,13 +180,13 @@ def test_a_disk_that_is_written_is_nobody_elses(host: Path, tmp_path: Path) -> N
         check("b", (writer, other))
 
 
-def test_the_daemon_gives_no_disks_away() -> None:
+def test_only_root_has_the_daemon_give_disks_away() -> None:
     from chaos.daemon.core import Daemon
     from chaos.daemon.rights import Peer
 
     config = SimpleNamespace(disks=(parsed("/etc/shadow,raw,xvda,ro"),))
-    asked = Daemon._made(None, SimpleNamespace(config=config), Peer(1, 0, 0, ()), None)  # type: ignore[arg-type]
-    with pytest.raises(StateError, match="chaosd creates no guests with disks yet"):
+    asked = Daemon._made(None, SimpleNamespace(config=config), Peer(1, 1000, 1000, ()), None)  # type: ignore[arg-type]
+    with pytest.raises(PermissionDenied, match="only root may create guests with disks"):
         asyncio.run(asked)
 
 
