@@ -7,6 +7,7 @@ import random
 import select
 import signal
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,8 @@ def spawn(directory: Path, hardware: Hardware, alive: dict[int, str]) -> int:
         )
         daemon.restore(alive.get)
         daemon.run()
+    except BaseException:  # noqa: BLE001 - nothing of the test's may run in this process
+        traceback.print_exc()
     finally:
         os._exit(1)
 
