@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from killable import KillableJournal, KillableRing, Killed, Steps
-from stores_host import UUID, Control, Guest, Hardware, Host, NoBridge, listener
+from stores_host import UUID, Control, Guest, Hardware, Host, NoBridge
 
 from noxs import guestloop, guestview, wire
 from noxs.bus import Bus
+from noxs.daemon import listen
 from noxs.stores import Stores
 
 
@@ -324,7 +325,7 @@ def spawn(directory: Path, hardware: Hardware, alive: dict[int, str]) -> int:
         return pid
     try:
         daemon = Stores(
-            listener(directory / "control"),
+            listen(str(directory / "control")),
             hardware,
             NoBridge(),  # type: ignore[arg-type]
             state=str(directory / "state"),
