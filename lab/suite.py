@@ -26,7 +26,7 @@ from lab.release import RELEASES
 
 PARTS = ("lint", "unit", "machine", "lab")
 HOSTS = {"noxs": [], "xenstored": ["--xenstored"], "systemd": ["--init", "systemd"]}
-LAB_SECONDS = 2400
+LAB_SECONDS = 3600
 NO_TESTS = 5
 """pytest's exit status when it selected nothing."""
 

@@ -149,6 +149,8 @@ def test_spin_burns_and_finds_nothing(make: Callable[..., Guest]) -> None:
 # ---- With a network
 
 
+@pytest.mark.every_release
+@pytest.mark.anyhost
 @pytest.mark.usefixtures("network")
 def test_daytime_answers(make: Callable[..., Guest]) -> None:
     guest = ready(make("daytime", "", vifs(vif(20))))
@@ -202,6 +204,8 @@ def test_daytime_answers_over_ipv6(make: Callable[..., Guest]) -> None:
         subprocess.run(["ip", "-6", "addr", "del", *address], check=True)
 
 
+@pytest.mark.every_release
+@pytest.mark.anyhost
 @pytest.mark.usefixtures("network")
 def test_what_came_before_the_boot_is_answered_after_it(make: Callable[..., Guest]) -> None:
     mac = "00:16:3e:00:77:21"
@@ -223,6 +227,8 @@ def test_what_came_before_the_boot_is_answered_after_it(make: Callable[..., Gues
         subprocess.run(["ip", "neigh", "del", "10.77.0.21", "dev", "xenbr0"], check=True)
 
 
+@pytest.mark.every_release
+@pytest.mark.anyhost
 @pytest.mark.usefixtures("network")
 def test_guests_ping_each_other(make: Callable[..., Guest]) -> None:
     ready(make("daytime", "", vifs(vif(22)), name="one"))
