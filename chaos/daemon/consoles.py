@@ -90,7 +90,10 @@ class _Guest:
 
 
 class ConsoleHub:
-    """The consoles of all guests, for a running event loop. Close it."""
+    """The consoles of all guests, for a running event loop. Close it.
+
+    ``spent`` is the CPU time, in seconds, that they have taken so far.
+    """
 
     def __init__(
         self,
@@ -108,6 +111,7 @@ class ConsoleHub:
         self._queue: deque[_Guest] = deque()
         self._turn_timer: asyncio.TimerHandle | None = None
         self._rest_until = 0.0
+        self.spent = 0.0
         self._spent = 0.0  # CPU time for events since the last turn
         self._held: set[_Guest] = set()  # and some that were removed since
         self._held_timer: asyncio.TimerHandle | None = None
@@ -270,6 +274,7 @@ class ConsoleHub:
             if guest.ring is not None:
                 self._visit(guest)
         spent = self._spent + time.thread_time() - started
+        self.spent += spent
         self._spent = 0.0
         self._rest_until = self._loop.time() + min(REST_MAX, spent * (1 / SHARE - 1))
         if self._queue:

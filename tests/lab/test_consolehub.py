@@ -164,7 +164,7 @@ def test_a_flooding_guest_costs_a_bounded_share(tell: Callable[..., Any], manner
         attachment = guests.hub.attach(str(quiet.uuid))
         for flood in floods:
             await holds(lambda f=flood: b"here I come" in log(f), "it does not flood")
-        wall, cpu = time.monotonic(), time.process_time()
+        wall, cpu = time.monotonic(), guests.hub.spent
         delays = []
         while time.monotonic() - wall < 4:
             asked = time.monotonic()
@@ -172,7 +172,7 @@ def test_a_flooding_guest_costs_a_bounded_share(tell: Callable[..., Any], manner
             await until(attachment, b"%d;" % len(delays))
             delays.append(time.monotonic() - asked)
             await asyncio.sleep(0.2)
-        share = (time.process_time() - cpu) / (time.monotonic() - wall)
+        share = (guests.hub.spent - cpu) / (time.monotonic() - wall)
         for flood in floods:
             sizes = [os.stat(entry).st_size for entry in os.scandir(directory(flood))]
             assert sum(sizes) < 300 * 1024
@@ -180,7 +180,7 @@ def test_a_flooding_guest_costs_a_bounded_share(tell: Callable[..., Any], manner
 
     share, delays = tell(story)
     print(f"{manner}: {share:.2f} of a processor, {max(delays):.3f} s")  # noqa: T201 - measured
-    assert share < SHARE + 0.35  # its own, the loop's, and what the test does
+    assert share < SHARE + 0.1  # the last turn's rest may lie behind the end
     assert max(delays) < 2
 
 
