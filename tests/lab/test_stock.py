@@ -102,7 +102,7 @@ def nothing_left(host: Host) -> Iterator[None]:
 
 
 def traces(host: Host) -> dict[str, set[str]]:
-    """What guests leave where others look; tests of the bus leave nodes of guests that never were."""
+    """What guests leave where others look; tests of the bus leave nodes of no guest at all."""
     backends = "/local/domain/0/backend/vif"
     return {
         "domains": set(host.bus.directory("/local/domain")),
