@@ -236,7 +236,6 @@ def test_linux_gets_its_devices_and_is_shut_down(
 
 
 @pytest.mark.anyhost
-@pytest.mark.every_release
 def test_the_daemon_makes_one_and_finds_it_again(
     host: Host, nothing_left: None, tmp_path: Path
 ) -> None:
