@@ -251,7 +251,7 @@ def test_the_daemon_makes_one_and_finds_it_again(
         wait_for(answers, "it does not answer", BOOT_SECONDS)
         daemon.kill()
         daemon.start()
-        assert answers()
+        wait_for(answers, "it does not answer any more")
         with Chaos() as again:
             assert b"network-up" in again.call("logs", domain="stock")
         chaos("shutdown", "-w", "stock", timeout=BOOT_SECONDS)
