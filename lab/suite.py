@@ -3,7 +3,8 @@
 Every kind of host is booted once for all tests that belong to it (tests/lab/conftest.py
 says which those are), and not at all if there are none. Everything runs on the first release; on
 the others, unless they are asked for by name, what is marked ``every_release`` runs, on one kind of
-host.
+host. Tests that try every step of something take a sample of the steps, unless ``--thorough`` is
+given.
 
 One lab runs at a time; the linters and the unit tests run beside the first of them where there are
 two processors. What they print is shown part by part.
@@ -26,7 +27,8 @@ from lab.release import RELEASES
 
 PARTS = ("lint", "unit", "machine", "lab")
 HOSTS = {"noxs": [], "xenstored": ["--xenstored"], "systemd": ["--init", "systemd"]}
-LAB_SECONDS = 3600
+LAB_SECONDS = 1800
+THOROUGH_SECONDS = 5400
 NO_TESTS = 5
 """pytest's exit status when it selected nothing."""
 
@@ -119,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="parts that run at a time, 1 or 2 (default: 2 where there are two processors)",
     )
+    parser.add_argument(
+        "--thorough",
+        action="store_true",
+        help="try every step and every round where else a sample is taken: before a release;"
+        " takes twice as long",
+    )
     parser.add_argument("-k", metavar="EXPR", help="only tests that match, as pytest has it")
     parser.add_argument("-x", action="store_true", help="each part stops at its first failure")
     return parser
@@ -141,10 +149,11 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
             # -P: the project comes from its installed wheel, not from the tree.
             inside = ["python3", "-P", "-m", "pytest", "-p", "no:cacheprovider", *color, *picked]
             inside += ["--durations=15", "--durations-min=5"]
+            inside += ["--thorough"] if arguments.thorough else []
             run = [sys.executable, "-m", "lab", "run", "--debian", number, *HOSTS[host]]
-            limit = ["--timeout", str(LAB_SECONDS), "--"]
+            limit = ["--timeout", str(THOROUGH_SECONDS if arguments.thorough else LAB_SECONDS)]
             name = f"lab Debian {number} {host}"
-            command = [*run, *limit, *inside, *chosen_tests, "tests/lab"]
+            command = [*run, *limit, "--", *inside, *chosen_tests, "tests/lab"]
             labs.append(Part(name, command, may_be_empty=empty))
     yield from labs[:1]
     if "lint" in chosen and not arguments.k:

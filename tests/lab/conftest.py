@@ -5,6 +5,9 @@ A test without a mark runs on a host without xenstored; marks say otherwise:
     xenstored   only on a host that runs xenstored
     anyhost     on a host without xenstored and on one with it
     systemd     only on a host whose first process is systemd
+
+Where a test tries every step or many rounds, it takes a sample of them unless pytest was given
+``--thorough``; tests marked ``thorough`` are left out without it.
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ from daemons import (
     wait_for,
 )
 from guest import making
+from sampling import MARK, sample
 
 from chaos.host import Host
 from chaos.registry import Registry
 from noxs.bus import Bus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from guest import Guest
 
@@ -64,7 +68,14 @@ def belongs(item: pytest.Item, kind: str) -> bool:
     return kind in marks or ("anyhost" in marks and kind in ("noxs", "xenstored"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="every step and every round, not a sample of them"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"{MARK}: runs only with --thorough")
     config.addinivalue_line("markers", "every_release: repeated on every release of Debian")
     for name, text in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
@@ -76,7 +87,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not config.option.collectonly:
             raise pytest.UsageError("tests/lab runs in Dom0: scripts/test lab")
         return
-    others = [item for item in items if not belongs(item, kind)]
+    thorough = config.getoption("thorough")
+    others = [
+        item
+        for item in items
+        if not belongs(item, kind) or (item.get_closest_marker(MARK) and not thorough)
+    ]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
@@ -86,6 +102,18 @@ def pytest_report_header() -> str:
     version = Path("/sys/hypervisor/version")
     xen = ".".join((version / part).read_text().strip() for part in ("major", "minor"))
     return f"host: Xen {xen}, {os.uname().release}, {host_kind()}"
+
+
+@pytest.fixture
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether everything is to be tried, however long it takes."""
+    return bool(request.config.getoption("thorough"))
+
+
+@pytest.fixture
+def some(thorough: bool) -> Callable[[Sequence[str]], Sequence[str]]:
+    """A function that picks from steps which ones to try."""
+    return (lambda steps: steps) if thorough else sample
 
 
 @pytest.fixture
