@@ -6,8 +6,10 @@ and in a daemon that serves a command.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from chaos.daemon.streams import Output
     from chaos.host import Host
@@ -60,6 +63,37 @@ class Invocation:
     def print_json(self, value: Any) -> None:
         """Write one JSON document to the standard output."""
         self.stdout.write(json.dumps(value, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Report]:
+        """Yield a Report for ``total`` things: to ``report``, and as a bar if they take long.
+
+        Each is told of once. For a verb's ``run``; -q is heeded.
+        """
+        with self._bar(what, total) as advance:
+
+            def told(each: str, done: int, total: int) -> None:
+                self.report(each, done, total)
+                advance()
+
+            yield told
+
+    def _bar(self, what: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        if self.daemon is not None:
+            from chaos.daemon.bar import bar_of_thread
+
+            return bar_of_thread(self, what, total)
+        from chaos.progress import progress
+
+        return progress(self.stderr, what, total, quiet=self.args.quiet, environ=self.environ)
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if the caller wants the verb to end: where it may stop."""
+        if self.cancel >= 0:
+            poll = select.poll()
+            poll.register(self.cancel, select.POLLIN)
+            if poll.poll(0):
+                raise KeyboardInterrupt
 
     async def drain(self) -> None:
         """In a daemon: wait until the standard output has taken what was written. OSError."""

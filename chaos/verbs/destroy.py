@@ -25,6 +25,7 @@ def configure(parser: ArgumentParser, name: str) -> None:
     parser.add_argument(
         "-f", "--force", action="store_true", help="also a domain that another toolstack made"
     )
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress bar")
     parser.add_argument("--json", action="store_true", help="print what was destroyed as JSON")
 
 
@@ -42,18 +43,20 @@ def run(call: Invocation) -> int:
     called_off = {each.uuid: each.describe() for each in (restarts.call_off() if args.all else ())}
     failure: ChaosError | None = None
     gone: dict[str, dict[str, Any]] = {}
-    for done, wanted in enumerate(targets, 1):
-        try:
-            destroyed = _destroy(call, restarts, wanted)
-        except ChaosError as error:
-            if wanted in called_off:
-                continue  # it was dead, and waited to be created again
-            if failure is not None:
-                error.add_note(str(failure))
-            failure = error
-        else:
-            call.report(destroyed["name"], done, len(targets))
-            (called_off if destroyed["domid"] is None else gone)[destroyed["uuid"]] = destroyed
+    with call.progress("destroying", len(targets)) as told:
+        for done, wanted in enumerate(targets, 1):
+            call.check()
+            try:
+                destroyed = _destroy(call, restarts, wanted)
+            except ChaosError as error:
+                if wanted in called_off:
+                    continue  # it was dead, and waited to be created again
+                if failure is not None:
+                    error.add_note(str(failure))
+                failure = error
+            else:
+                told(destroyed["name"], done, len(targets))
+                (called_off if destroyed["domid"] is None else gone)[destroyed["uuid"]] = destroyed
     if args.json:
         call.print_json([*(called_off | gone).values()])
     if failure is not None:

@@ -21,6 +21,7 @@ ANSWER_SECONDS = 10.0
 EXIT_TIMEOUT = 124
 WAITS = True  # for guests; for such verbs the daemon has threads of their own
 CODES = {"shutdown": REQUEST_POWEROFF, "reboot": REQUEST_REBOOT}
+DOING = {"shutdown": "shutting down", "reboot": "rebooting"}
 
 
 def configure(parser: ArgumentParser, name: str) -> None:
@@ -43,6 +44,7 @@ def configure(parser: ArgumentParser, name: str) -> None:
         help=f"how long to wait: for the answer ({ANSWER_SECONDS:g} s if not given), with --wait"
         " for the end (no limit if not given)",
     )
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress bar")
     parser.add_argument("--json", action="store_true", help=f"print how each took the {name}")
 
 
@@ -59,7 +61,8 @@ def run(call: Invocation) -> int:
                 control.ask(record, CODES[args.verb])
             except ChaosError as error:
                 failures.append(error)
-        late = _collect(control, wait=args.wait, timeout=args.timeout, report=call.report)
+        with call.progress(DOING[args.verb], len(control.requests)) as told:
+            late = _collect(control, wait=args.wait, timeout=args.timeout, report=told)
         if args.json:
             call.print_json([_describe(request) for request in control.requests])
         failures += [_refusal(request) for request in control.requests if request.result]
