@@ -27,6 +27,7 @@ from chaos.daemon.command import (
 from chaos.daemon.rights import check_flavour
 from chaos.daemon.wanted import LONG, NotHere, TooLong, want
 from chaos.invocation import Invocation, unreported
+from chaos.readiness import never_ready
 from xenctypes.errors import ConfigError, ProtocolError, UsageError
 
 if TYPE_CHECKING:
@@ -300,8 +301,10 @@ class Calls:
         guest = await self.daemon.find(_take(params, "domain", str))
         dead = _take(params, "dead", bool, default=False)
         timeout = _number(params, "timeout") if "timeout" in params else None
-        words = guest.words()
+        if not dead and not guest.noxs:
+            raise never_ready(guest.name)
         outcome = await self.daemon.wait(guest.uuid, timeout, dead=dead)
+        words = guest.words()
         return {
             "name": guest.name,
             "domid": guest.domid,

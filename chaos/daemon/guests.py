@@ -62,12 +62,13 @@ class Guest:
 
     ``born`` is when it began to run, monotonic; ``failures`` how often in a row it died young,
     ``told`` whether its being ready was announced, ``events`` how many came before that.
+    ``death`` is what the hypervisor said of it when it had shut down, None before.
     """
 
     __slots__ = (
-        "born", "config", "console_frame", "console_port", "domid", "events", "failures",
-        "mapping", "name", "noxs", "port", "ready_ms", "store_frame", "store_port", "told",
-        "unpaused_ns", "uuid", "waiters",
+        "born", "config", "console_frame", "console_port", "death", "domid", "events", "failures",
+        "last_words", "mapping", "name", "noxs", "port", "ready_ms", "store_frame", "store_port",
+        "told", "unpaused_ns", "uuid", "waiters",
     )  # fmt: skip
 
     def __init__(self, record: Record, config: DomainConfig) -> None:
@@ -81,6 +82,8 @@ class Guest:
         self.store_port = record.store_port
         self.config = config
         self.mapping: Mapping | None = None
+        self.last_words: GuestWords | None = None
+        self.death: DomainInfo | None = None
         self.port = 0
         self.ready_ms = record.ready_ms
         self.unpaused_ns = 0
@@ -91,8 +94,10 @@ class Guest:
         self.waiters: list[asyncio.Future[str]] | None = None
 
     def words(self) -> GuestWords | None:
-        """What the guest says of itself now; None for one that has no device page."""
-        return None if self.mapping is None else read_guest_words(self.mapping.view)
+        """What the guest says of itself, or said last; None for one that has no device page."""
+        if self.mapping is None:
+            return self.last_words
+        return read_guest_words(self.mapping.view)
 
     @property
     def ready(self) -> bool:
@@ -110,6 +115,7 @@ class Guest:
     def let_go(self, host: Host) -> None:
         """Unmap the page and close the channel. Idempotent."""
         if self.mapping is not None:
+            self.last_words = self.words()
             self.mapping.close()
             self.mapping = None
         if self.port:
@@ -430,6 +436,7 @@ class Guests:
 
     async def _bury(self, guest: Guest, info: DomainInfo) -> None:
         """Do what the configuration wants done with a guest that shut down."""
+        guest.death = info
         self.daemon.consoles_remove(guest)  # its last words; whoever is attached learns of it
         reason = shutdown_name(info)
         action, warning = afterlife.action_for(guest.config, info)

@@ -19,6 +19,8 @@ import uuid as uuid_module
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any
 
+from chaos import pvh
+from chaos.create import MIB_SHIFT
 from chaos.daemon.flavour import Flavour, Source
 from chaos.daemon.settings import FLAVOURS_MAX
 from chaos.daemon.shell import Shell, prepared
@@ -47,7 +49,7 @@ QUIET = 0.05
 """Seconds without a create after which a flavour that is not low is refilled."""
 TICK = 1.0
 OVERHEAD_MIB = 2
-"""What a domain takes of the hypervisor beside its memory, roughly."""
+"""What any domain takes of the hypervisor beside its memory, roughly."""
 ASKED_OFTEN = 3
 ASKED_WITHIN = 60.0
 ASKED_MAX = 256
@@ -396,11 +398,12 @@ class Pool:
         told: Callable[[str], None] | None = None,
     ) -> Shell:
         """A warm shell made for one request, memory found for it if the pool has any."""
-        short = self._free_mib() < config.memory + OVERHEAD_MIB
+        needed = self._cost(config)
+        short = self._free_mib() < needed
         self._seeking += short  # what is given back now is not for the refill
         try:
             if short:
-                await self._find_memory(config.memory)
+                await self._find_memory(needed)
             key = source.key_of(opened)
             return await self._finish(
                 self.make(config, opened, key, room=room, urgent=True, told=told)
@@ -570,22 +573,22 @@ class Pool:
             for flavour in self.flavours.values()
             if flavour.missing > 0 and flavour.not_before <= now
         ]
-        room = self._room() if wanting else 0
+        if not wanting:
+            return None
+        allowed, free = self._room()
         return min(
-            (flavour for flavour in wanting if flavour.config.memory <= room),
+            (f for f in wanting if f.config.memory <= allowed and self._cost(f.config) <= free),
             key=lambda f: (not f.urgent, (len(f.shells) + f.making) / f.size),
             default=None,
         )
 
-    def _room(self) -> int:
-        """MiB that one more shell may have, negative if there may be none."""
+    def _room(self) -> tuple[int, int]:
+        """MiB that one more shell may have, and may cost; negative if there may be none."""
         held = [(len(f.shells) + f.making, f.config.memory) for f in self.flavours.values()]
         if sum(count for count, _ in held) >= self.settings.max_shells:
-            return -1
-        return min(
-            self.settings.max_memory - sum(count * mib for count, mib in held),
-            self._free_mib() - OVERHEAD_MIB - self.settings.memory_floor,
-        )
+            return -1, -1
+        allowed = self.settings.max_memory - sum(count * mib for count, mib in held)
+        return allowed, self._free_mib() - self.settings.memory_floor
 
     async def _fill(self, flavour: Flavour) -> None:
         opened: list[OpenImage] = []
@@ -632,15 +635,23 @@ class Pool:
     def _free_mib(self) -> int:
         return int(self.host.ctrl.physinfo().free_pages >> 8)
 
+    def _cost(self, config: DomainConfig) -> int:
+        """MiB that the hypervisor takes for a domain, its page tables for a PVH guest included."""
+        mib = config.memory + OVERHEAD_MIB
+        if config.type == "pvh":
+            hap = "hap" in self.host.virt_caps
+            mib += -(-pvh.paging_bytes(config, hap=hap) >> MIB_SHIFT)
+        return mib
+
     async def _find_memory(self, mib: int) -> None:
-        """Give shells back until a domain of that size fits, if all of them are enough for that."""
+        """Give shells back until so much is free, if all of them are enough for that."""
         held = sum(
-            (len(flavour.shells) + flavour.making) * (flavour.config.memory + OVERHEAD_MIB)
+            (len(flavour.shells) + flavour.making) * self._cost(flavour.config)
             for flavour in self.flavours.values()
         )
-        if self._free_mib() + held < mib + OVERHEAD_MIB:
+        if self._free_mib() + held < mib:
             return
-        while self._free_mib() < mib + OVERHEAD_MIB:
+        while self._free_mib() < mib:
             shell = next(self._dispensable(), None)
             if shell is not None:
                 self._take_off(shell)

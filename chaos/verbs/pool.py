@@ -8,7 +8,8 @@ from xenctypes.errors import StateError, UsageError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from chaos.invocation import Invocation
 
@@ -47,10 +48,12 @@ async def serve(call: Invocation) -> int:
     elif args.action == "resize":
         pool.resize(args.flavour, args.size, args.low)
     elif args.action == "drain":
-        drained["drained"] = await pool.drain(args.flavour)
+        async with _bar(call, "draining") as advance:
+            drained["drained"] = await pool.drain(args.flavour, lambda *_: advance())
     elif args.action == "remove":
         shown = [pool.flavour(args.flavour).describe()]
-        await pool.remove(args.flavour)
+        async with _bar(call, "removing") as advance:
+            await pool.remove(args.flavour, lambda *_: advance())
     if args.wait and args.action != "remove":
         await _wait(call, names)
     shown = shown or [pool.flavour(name).describe() | drained for name in names]
@@ -59,6 +62,13 @@ async def serve(call: Invocation) -> int:
     elif args.action == "list":
         call.print(HEADER, *map(_row, shown))
     return 0
+
+
+def _bar(call: Invocation, what: str) -> AbstractAsyncContextManager[Callable[[], None]]:
+    """A bar for the shells that a flavour has now."""
+    from chaos.daemon.bar import bar
+
+    return bar(call, what, len(call.daemon.pool.flavour(call.args.flavour).shells))
 
 
 async def _wait(call: Invocation, names: Sequence[str]) -> None:

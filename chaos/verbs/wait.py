@@ -36,7 +36,7 @@ async def serve(call: Invocation) -> int:
     if not args.dead and not guest.noxs:
         raise never_ready(guest.name)
     outcome = await call.daemon.wait(guest.uuid, args.timeout, dead=args.dead)
-    info = call.daemon.guests.info(guest.domid, guest.uuid)
+    info = guest.death or call.daemon.guests.info(guest.domid, guest.uuid)
     return _conclude(call, guest.name, guest.domid, Outcome(outcome, Death(info), guest.words()))
 
 

@@ -27,7 +27,9 @@ class Xen:
         self._domids = itertools.count(1)
         self._ports = itertools.count(100)
         self.page = bytearray(4096)
-        self.host: Any = SimpleNamespace(ctrl=self, memory=self, evtchn=self, bus=self)
+        self.host: Any = SimpleNamespace(
+            ctrl=self, memory=self, evtchn=self, bus=self, virt_caps={"pv", "hvm", "hap"}
+        )
 
     def _call(self, name: str) -> None:
         self.calls[name] += 1

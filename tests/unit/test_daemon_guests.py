@@ -242,6 +242,23 @@ def test_destroyed_is_told_when_it_is(run: Callable[..., None]) -> None:
     run(test)
 
 
+def test_the_last_words_of_a_guest_outlive_it(run: Callable[..., None]) -> None:
+    """Whoever waits for its end may come to read them when it is gone already."""
+
+    async def test(lab: Lab) -> None:
+        record = lab.record(shutdown=True, shutdown_reason=3)
+        guest = lab.adopted(record)
+        GUEST.pack_into(lab.xen.page, GUEST_OFFSET, 0, 0, STATE_READY, 7, 0, 3, 0, b"", b"bye")
+        await lab.guests.end(guest.uuid)
+        lab.xen.page[:] = bytes(len(lab.xen.page))  # another's by now
+        words = guest.words()
+        assert words is not None
+        assert (words.exit_code, words.message) == (7, "bye")
+        assert lab.xen.mapped == []
+
+    run(test)
+
+
 def test_a_channel_that_another_command_has_is_asked_for_again(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
