@@ -56,12 +56,13 @@ def run(call: Invocation) -> int:
     failures: list[ChaosError] = []
     ring = call.daemon.guests.ring if call.daemon is not None else None
     with Control(call.host, cancel=call.cancel, ring=ring) as control:
-        for record in _targets(call, failures):
-            try:
-                control.ask(record, CODES[args.verb])
-            except ChaosError as error:
-                failures.append(error)
-        with call.progress(DOING[args.verb], len(control.requests)) as told:
+        targets = _targets(call, failures)
+        with call.progress(DOING[args.verb], len(targets)) as told:
+            for record in targets:
+                try:
+                    control.ask(record, CODES[args.verb])
+                except ChaosError as error:
+                    failures.append(error)
             late = _collect(control, wait=args.wait, timeout=args.timeout, report=told)
         if args.json:
             call.print_json([_describe(request) for request in control.requests])
