@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
+from argparse import Namespace
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from paper_xen import Xen
 
 from chaos import config as configuration
+from chaos.invocation import Invocation
 from chaos.registry import RUNNING, Record, Registry
 from chaos.restarts import Restart, Restarts
 from chaos.verbs import destroy
@@ -64,18 +67,16 @@ class Host:
     def __init__(self, names: Registry) -> None:
         self.xen = Xen()
         self.names = names
-        self.printed: list[Any] = []
         self.told: list[Any] = []
 
     def destroy(self, *domains: str, everything: bool = False) -> list[tuple[str, int | None]]:
         """The names and domids of what was destroyed or called off."""
-        args = SimpleNamespace(domains=[*domains], all=everything, force=False, json=True)
-        call: Any = SimpleNamespace(
-            args=args, host=self.xen.host, names=self.names, print_json=self.printed.append,
-            report=lambda *what: self.told.append(what),
-        )  # fmt: skip
+        args = Namespace(domains=[*domains], all=everything, force=False, json=True, quiet=False)
+        out = io.StringIO()
+        call = Invocation(args, self.xen.host, self.names, stdout=out, stderr=io.StringIO())
+        call.report = lambda *what: self.told.append(what)
         assert destroy.run(call) == 0
-        return [(each["name"], each["domid"]) for each in self.printed.pop()]
+        return [(each["name"], each["domid"]) for each in json.loads(out.getvalue())]
 
     def guest(self, uuid: str, name: str) -> int:
         domid = self.xen.create(uuid)
