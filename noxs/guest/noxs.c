@@ -552,7 +552,9 @@ static void reap(struct noxs_net *net)
 
 void *noxs_net_frame(struct noxs_net *net)
 {
-    reap(net);
+    /* Only then: what reap() adds goes on top, where the page that was got last must stay. */
+    if (!net->tx_free_count)
+        reap(net);
     if (!net->tx_free_count) {
         store(net->tx + RSP_EVENT, net->tx_cons + 1);
         full_barrier();

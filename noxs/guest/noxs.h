@@ -348,8 +348,8 @@ int noxs_net_open(struct noxs_net *net, struct noxs *n, const struct noxs_vif *v
  */
 uint32_t noxs_net_receive(struct noxs_net *net, void *to, uint32_t size, uint32_t *flags);
 /*
- * A page to put a frame into, or NULL while all are under way (an event on queue.tx_evtchn
- * then says when to try again); noxs_net_send() sends the page got last.
+ * A page to put a frame into, the same one until noxs_net_send() has sent it; NULL while all
+ * are under way (an event on queue.tx_evtchn then says when to try again).
  */
 void *noxs_net_frame(struct noxs_net *net);
 void noxs_net_send(struct noxs_net *net, uint32_t length, uint32_t flags);

@@ -204,6 +204,8 @@ def test_daytime_answers_over_ipv6(make: Callable[..., Guest]) -> None:
         subprocess.run(["ip", "-6", "addr", "del", *address], check=True)
 
 
+@pytest.mark.every_release
+@pytest.mark.anyhost
 @pytest.mark.usefixtures("network")
 def test_what_came_before_the_boot_is_answered_after_it(make: Callable[..., Guest]) -> None:
     mac = "00:16:3e:00:77:21"

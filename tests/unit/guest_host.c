@@ -77,11 +77,6 @@ uint64_t system_time(void)
     return now;
 }
 
-uint64_t wall_clock(void)
-{
-    return 1795231381 + now / 1000000000; /* 2026-11-21 03:23:06 UTC at the start */
-}
-
 void print(const char *what, ...)
 {
     char line[512];
@@ -152,6 +147,13 @@ static void backend_tx(void)
         memset(slot + 2, 0, 2);
         *word(tx_pfn, 8) = tx_cons + 1;
     }
+}
+
+/* Asked for while an answer is put together: the backend works meanwhile, as a real one does. */
+uint64_t wall_clock(void)
+{
+    backend_tx();
+    return 1795231381 + now / 1000000000; /* 2026-11-21 03:23:06 UTC at the start */
 }
 
 static void backend_rx(const uint8_t *frame, uint32_t length, uint16_t flags)

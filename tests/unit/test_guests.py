@@ -408,6 +408,18 @@ def test_a_frame_from_before_the_boot_is_answered(start: Start, posted: int) -> 
         assert payload_of(reply)[1][8:] == ping()[8:]
 
 
+def test_an_answer_is_sent_from_the_page_that_it_was_written_to(start: Start) -> None:
+    """Though the backend gives pages back while it is written."""
+    question = struct.pack(">HHHH", 4000, 13, 9, 0) + b"?"
+    guest = start(early=ip(17, question))
+    assert [frame[12:14] for frame in guest.first] == [b"\x08\x06", b"\x86\xdd", b"\x08\x06"]
+    answer, _ = guest.send(arp(1, PEER4, PEER_MAC, IP4))
+    protocol, payload, source, to = payload_of(answer)
+    assert (protocol, source, to) == (17, IP4, PEER4)
+    assert payload[:6] == struct.pack(">HHH", 13, 4000, len(payload))
+    assert payload.endswith(b"-UTC\r\n")
+
+
 @pytest.mark.parametrize("size", [0, 1, 56, 1472])
 def test_ping(start: Start, size: int) -> None:
     guest = start()
