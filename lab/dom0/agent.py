@@ -312,6 +312,7 @@ class Port:
         edges = select.EPOLLIN | select.EPOLLOUT | select.EPOLLHUP | select.EPOLLET
         loop.watch(self._fd, edges, self._event)
         self._read()
+        self._loop.later(BEAT_SECONDS, self._tick)
 
     def _event(self, events: int) -> None:
         if events & select.EPOLLHUP:
@@ -334,7 +335,6 @@ class Port:
                     self._hang_up()
                     self._session = item
                     self.send(self._token + item.nonce)
-                    self._beat(item)
                 elif self._session:
                     self._take(item)
 
@@ -396,18 +396,16 @@ class Port:
             self._command.abandon()
             self._command = None
 
-    def _beat(self, session: Sync) -> None:
-        """Tell the host that Dom0 lives, for as long as this session lasts."""
+    def _tick(self) -> None:
+        """Tell the host that Dom0 lives, and look at the port unasked.
 
-        def beat() -> None:
-            if self._session is session:
-                if not self._out:
-                    self.send(encode(Kind.BEAT))
-                # Should the port's interrupt have got lost, with both edges that it carries.
-                self._event(select.EPOLLOUT)
-                self._loop.later(BEAT_SECONDS, beat)
-
-        self._loop.later(BEAT_SECONDS, beat)
+        The port's interrupt gets lost now and then, with both edges that it carries: while a
+        session lasts, and when a new one begins.
+        """
+        if self._session and not self._out:
+            self.send(encode(Kind.BEAT))
+        self._event(select.EPOLLOUT)
+        self._loop.later(BEAT_SECONDS, self._tick)
 
     def congested(self) -> bool:
         """Whether so much waits for the host that no more should be read."""
