@@ -92,6 +92,7 @@ class Pool:
         self._loops: list[asyncio.Task[None]] = []
         self._counter = 0
         self._seeking = 0
+        self._promised = 0  # MiB, to creates that are under way
         self._problems: dict[str, str] = {}
         self._changes: list[asyncio.Future[None]] = []
 
@@ -398,9 +399,11 @@ class Pool:
         told: Callable[[str], None] | None = None,
     ) -> Shell:
         """A warm shell made for one request, memory found for it if the pool has any."""
-        needed = self._cost(config)
+        cost = self._cost(config)
+        needed = self._promised + cost
         short = self._free_mib() < needed
         self._seeking += short  # what is given back now is not for the refill
+        self._promised += cost
         try:
             if short:
                 await self._find_memory(needed)
@@ -410,6 +413,7 @@ class Pool:
             )
         finally:
             self._seeking -= short
+            self._promised -= cost
             self._wake.set()
 
     async def load(
@@ -588,7 +592,7 @@ class Pool:
         if sum(count for count, _ in held) >= self.settings.max_shells:
             return -1, -1
         allowed = self.settings.max_memory - sum(count * mib for count, mib in held)
-        return allowed, self._free_mib() - self.settings.memory_floor
+        return allowed, self._free_mib() - self.settings.memory_floor - self._promised
 
     async def _fill(self, flavour: Flavour) -> None:
         opened: list[OpenImage] = []

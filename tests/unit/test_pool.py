@@ -221,6 +221,33 @@ def test_what_can_never_fit_costs_no_shells(run: Callable[..., None]) -> None:
     run(test)
 
 
+def test_creates_at_once_do_not_count_on_the_same_memory(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "k").write_bytes(b"image")
+
+    async def test(lab: Lab) -> None:
+        pool = lab.pool
+        pool.add(spec(size=4, memory=200))
+        await filled(pool)
+        pool.flavour("f").size = 0  # or it is refilled
+        asked = want(config(memory=150))
+        asked.source.kernel = str(tmp_path / "k")
+        (opened,) = asked.source.open()
+        assert 150 < lab.xen.free_mib < 300
+        shells = await asyncio.gather(
+            *(pool.order(asked.config, asked.source, [opened], room=0) for _ in range(3))
+        )
+        opened.close()
+        assert lab.xen.free_mib >= 0
+        assert 0 < len(pool.flavour("f").shells) < 4
+        assert pool._promised == 0
+        for shell in shells:
+            await pool.discard(shell)
+
+    run(test)
+
+
 def test_page_tables_are_memory_too(run: Callable[..., None], tmp_path: Path) -> None:
     """What Xen takes for those of a PVH guest is found, and kept free, like the guest's own."""
     (tmp_path / "k").write_bytes(b"image")
