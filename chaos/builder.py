@@ -59,6 +59,7 @@ PR_SET_NO_NEW_PRIVS = 38
 GUEST_TYPES = {"pv": b"xen-3.0-x86_64", "pvh": b"hvm-3.0-x86_32"}
 """What libxenguest calls them; a PVH guest starts in 32-bit mode, whatever it is."""
 SIF_MOD_START_PFN = 1 << 3  # public/xen.h: mod_start is a pfn
+STATM_MAX = 256  # bytes of seven numbers
 PATIENCE = 120.0  # seconds for one request, after which a builder counts as hung
 
 
@@ -376,8 +377,11 @@ def memory_limit(room: int) -> Iterator[None]:
     RLIMIT_DATA counts private writable memory alone (setrlimit(2)), which is what Dom0 pays
     for: RLIMIT_AS would count the guest's own pages, mapped in chunks, and the image's file.
     """
-    with open("/proc/self/statm", encoding="ascii") as file:
-        taken = int(file.read().split()[5]) * resource.getpagesize()  # data and stack
+    fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        taken = int(os.read(fd, STATM_MAX).split()[5]) * resource.getpagesize()  # data and stack
+    finally:
+        os.close(fd)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     hard = before[1]
     wanted = taken + room

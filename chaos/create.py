@@ -579,9 +579,9 @@ SHELL_STEPS: tuple[Step[Creation], ...] = (
 )
 """A shell without an image, made elsewhere than in the process that owns it."""
 IMAGE_STEPS: tuple[Step[Creation], ...] = tuple(
-    step for step in CREATE_STEPS if step.name in {"load image", "write page"}
+    step for step in CREATE_STEPS if step.name == "load image"
 )
-"""What makes a shell warm."""
+"""What makes a shell warm; the device page is written by whoever will own the shell."""
 
 
 def wait_ready(creation: Creation, timeout: float) -> float | None:

@@ -208,15 +208,16 @@ class Registry:
 
         For the daemon, whose lock stands for the locks of all its shells.
         """
-        with self._stage(record) as entry:
-            directory = f"{self.path}/domains/{record.uuid}"
-            try:
-                os.rename(entry.path, directory)
-            except OSError as error:
-                _remove_directory(entry.path)
-                if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
-                    raise
-                raise self._uuid_taken(record.uuid) from None
+        staged, directory = self._staging(record), f"{self.path}/domains/{record.uuid}"
+        os.mkdir(staged, 0o700)
+        try:
+            _write_new(f"{staged}/domain.json", record.to_json())
+            os.rename(staged, directory)
+        except OSError as error:
+            _remove_directory(staged)
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+                raise
+            raise self._uuid_taken(record.uuid) from None
         return Entry(self, record.uuid)
 
     def move_shell(self, old: str, new: str) -> None:
@@ -268,16 +269,19 @@ class Registry:
     def _stage(self, record: Record) -> Entry:
         """A locked directory with the record in it, under a name that no reader looks at."""
         entry = Entry(self, record.uuid)
-        entry.path = f"{self.path}/domains/{STAGED}{os.getpid()}-{record.uuid}"
+        entry.path = self._staging(record)
         os.mkdir(entry.path, 0o700)
         try:
             entry.lock(wait=True)
-            entry.write(record)
+            _write_new(f"{entry.path}/domain.json", record.to_json())
         except BaseException:
             _remove_directory(entry.path)
             entry.close()
             raise
         return entry
+
+    def _staging(self, record: Record) -> str:
+        return f"{self.path}/domains/{STAGED}{os.getpid()}-{record.uuid}"
 
     def rename(self, entry: Entry, record: Record, name: str) -> None:
         """Give a domain another name; StateError if that is taken. The caller holds its lock."""
@@ -486,6 +490,17 @@ def _read_link(path: str) -> str | None:
         return os.readlink(path)
     except OSError:
         return None
+
+
+def _write_new(path: str, text: str) -> None:
+    """Write a file where nobody looks yet. OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        data = text.encode()
+        if os.write(fd, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    finally:
+        os.close(fd)
 
 
 def _write_atomically(path: str, text: str) -> None:

@@ -230,13 +230,13 @@ class Calls:
         """A create from a warm shell is answered at once: a task costs as much as half of it."""
         paused = _take(params, "paused", bool, default=False)
         seconds = 0.0 if paused else _number(params, "wait_ready")
-        delivery = None
+        wanted = delivery = None
         if "config" not in params:
             with contextlib.suppress(TooLong, NotHere):
                 wanted = self.daemon.reader.read(connection.peer, *_named(params))
                 delivery = self.daemon.create_now(wanted, connection.peer, paused=paused)
         if delivery is None:
-            return self._create(connection, params, seconds, report, paused=paused)
+            return self._create(connection, params, wanted, seconds, report, paused=paused)
         if seconds and delivery.shell.noxs:
             return self._when_ready(delivery, seconds)
         connection.reply(ident, frames.OK, self._described(delivery))
@@ -246,12 +246,13 @@ class Calls:
         self,
         connection: Connection,
         params: dict[str, Any],
+        wanted: Wanted | None,
         seconds: float,
         report: Report,
         *,
         paused: bool,
     ) -> Any:
-        wanted = await self._wanted(connection, params)
+        wanted = wanted or await self._wanted(connection, params)
         told = None if report is unreported else report
         delivery = await self.daemon.create(wanted, connection.peer, paused=paused, report=told)
         if seconds and delivery.shell.noxs:

@@ -8,7 +8,7 @@ it knows of them in this process; they end with it.
 ::
 
     daemon                                  maker
-      | make {uuid, config, macs, ...}  --->  the prepare steps; with an image also load and page
+      | make {uuid, config, macs, ...}  --->  the prepare steps; with an image also load
       | <--- domid, frames, ports, page, timings
       | load {uuid, config} + fds       --->  image into a shell of this maker's
       | drop {uuid}                     --->  all undone
@@ -259,9 +259,6 @@ def _close(creation: Creation) -> None:
         if image is not None:
             image.close()
     creation.kernel = creation.ramdisk = None
-    if creation.page is not None:
-        creation.page.close()
-        creation.page = None
 
 
 def _cause(error: StepError) -> ChaosError:

@@ -89,6 +89,7 @@ class Shell:
         if self.store_frame >= 0 and self.noxs:
             self.template = bytearray(made["page"])
             self.mapping = self.host.memory.map(self.domid, made["page_frames"])
+            self.mapping.view[: len(self.template)] = self.template  # whatever was in that memory
             self.port = self.host.evtchn.bind_interdomain(self.domid, self.store_port)
         if self.store:
             self.close_record()  # the maker has replaced the file, to say so
