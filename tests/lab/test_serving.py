@@ -38,7 +38,7 @@ from chaos.client import Chaos
 from xenctypes.errors import ChaosError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from chaosd import Chaosd
 
@@ -327,36 +327,51 @@ def test_whoever_talks_nonsense_is_told_and_closed(daemon: Chaosd, chaos: Chaos)
     assert chaos.call("version")["protocol"] == 1
 
 
-def test_a_warm_create_asks_next_to_nothing_of_the_system(
-    daemon: Chaosd, chaos: Chaos, warm: None
-) -> None:
-    """At most three hypercalls; no file opened, no process, no request to the bus."""
-    filled(chaos)
-    create(chaos, "before")  # the configuration is read once
-    create(chaos, "net-before", DAYTIME, vif(86))
-    filled(chaos)
+def asked_of_the_system(daemon: Chaosd, action: Callable[[], object], request: str) -> list[str]:
+    """The daemon's system calls for an action, from a request on its socket to the reply."""
     trace = Path("/run/chaosd.strace")
-    strace = subprocess.Popen(
-        ["strace", "-f", "-y", "-tt", "-o", str(trace), "-p", str(daemon.pid)],
-        stderr=subprocess.PIPE,
-    )
+    command = ["strace", "-f", "-y", "-tt", "-s", "64", "-o", str(trace), "-p", str(daemon.pid)]
+    strace = subprocess.Popen(command, stderr=subprocess.PIPE)
     assert strace.stderr is not None
     assert b"attached" in strace.stderr.readline()
-    create(chaos, "net", DAYTIME, vif(87))
+    action()
     strace.send_signal(signal.SIGINT)
     strace.wait()
     lines = trace.read_text().splitlines()
-    first = next(i for i, line in enumerate(lines) if re.search(r"recvmsg\(.*create", line))
+    first = next(i for i, line in enumerate(lines) if re.search(rf"recvmsg\(.*{request}", line))
     last = next(
         i
         for i, line in enumerate(lines)
         if i > first and re.search(r"(sendto|sendmsg)\(\d+<(UNIX|socket)", line)
     )
     thread = lines[first].split()[0]
-    calls = [line for line in lines[first : last + 1] if line.split()[0] == thread]
-    hypercalls = [line for line in calls if "ioctl(" in line and "xen" in line]
-    assert len(hypercalls) <= 3, hypercalls
-    opened = [line for line in calls if re.search(r"\b(open|openat|creat)\(", line)]
+    return [line for line in lines[first : last + 1] if line.split()[0] == thread]
+
+
+@pytest.mark.parametrize("by", ["socket", "command"])
+def test_a_warm_create_asks_next_to_nothing_of_the_system(
+    by: str, daemon: Chaosd, chaos: Chaos, warm: None
+) -> None:
+    """At most three hypercalls; no file opened, no process, no request to the bus."""
+
+    def make(name: str, last: int) -> None:
+        if by == "socket":
+            create(chaos, name, DAYTIME, vif(last))
+            return
+        words = [DAYTIME, f'kernel="{GUESTS}/daytime.elf"', vif(last), f'name="{name}"']
+        subprocess.run(["chaos", "create", *words], check=True, stdout=subprocess.DEVNULL)
+
+    filled(chaos)
+    make("before", 86)  # the configuration is read once
+    filled(chaos)
+    served_before = served(chaos, "daytime")
+    request = "create" if by == "socket" else "run.*argv"
+    calls = asked_of_the_system(daemon, lambda: make("net", 87), request)
+    assert served(chaos, "daytime") == served_before + 1
+    assert " 3 received, 0% packet loss" in ping("10.77.0.87", 3)
+    hypercalls = [line for line in calls if re.search(r"\b(ioctl|write)\(\d+</dev/xen/", line)]
+    assert 1 <= len(hypercalls) <= 3, hypercalls
+    opened = [line for line in calls if re.search(r"\b(open|openat|openat2|creat)\(", line)]
     assert opened == []
     forked = [line for line in calls if re.search(r"\b(clone|clone3|fork|vfork|execve)\(", line)]
     assert forked == []
