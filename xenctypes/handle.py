@@ -139,7 +139,9 @@ class Handle(Resource):
             self.log.close()
 
     def forget(self) -> None:
-        """See ``Resource.forget``."""
+        """See ``Resource.forget``. Idempotent: owner and owned may both be collected."""
+        if not self._open:
+            return
         super().forget()
         try:
             self._release()

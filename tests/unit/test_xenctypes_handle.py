@@ -196,3 +196,15 @@ def test_a_view_that_is_held_does_not_keep_pages(memory: Any) -> None:
     mapping.close()
     assert unmapped == [1]
     del held
+
+
+def test_what_is_forgotten_twice_is_released_once() -> None:
+    """The collector takes a cycle of owner and owned apart in any order."""
+    closed: list[Any] = []
+    owner = opened(closed)
+    owned = opened(closed, owner=owner)
+    owned.forget()
+    owner.forget()
+    del owned, owner
+    gc.collect()
+    assert len(closed) == 2
