@@ -30,6 +30,9 @@ TICK_SECONDS = 0.25
 """How often the serial log and QEMU itself are looked at."""
 
 BOOT_SECONDS = 240.0
+RECONNECT_SECONDS = 5.0
+"""QEMU 7.2 now and then takes no notice of a connection that follows closely on another: the port
+stays closed for Dom0 (host_connected in debugfs) until somebody connects once more."""
 HANG_SECONDS = 60.0
 """Without a sign of life from Dom0 (it sends one every two seconds) before it counts as hung."""
 
@@ -94,8 +97,10 @@ class Session:
 
     def _synchronise(self, limit: float) -> None:
         nonce = secrets.token_bytes(NONCE_SIZE)
-        self._out += bytes.fromhex(self._machine.token) + nonce
-        deadline = time.monotonic() + limit
+        hello = bytes.fromhex(self._machine.token) + nonce
+        self._out += hello
+        now = time.monotonic()
+        deadline, patience = now + limit, now + RECONNECT_SECONDS
         while True:
             for item in self._exchange():
                 if isinstance(item, Sync) and item.nonce == nonce:
@@ -104,6 +109,13 @@ class Session:
             if time.monotonic() > deadline:
                 raise Crash(f"Dom0 did not answer within {limit:.0f} s", self._log.tail())
             self._check()
+            if time.monotonic() > patience:
+                self._selector.unregister(self._socket)
+                self._socket.close()
+                self._socket = self._connect()
+                self._selector.register(self._socket, selectors.EVENT_READ)
+                self._out[:] = hello
+                patience = time.monotonic() + RECONNECT_SECONDS
 
     def _check(self) -> None:
         """Raise Crash if the machine is dead."""

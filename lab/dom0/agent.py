@@ -399,8 +399,7 @@ class Port:
     def _tick(self) -> None:
         """Tell the host that Dom0 lives, and look at the port unasked.
 
-        The port's interrupt gets lost now and then, with both edges that it carries: while a
-        session lasts, and when a new one begins.
+        The port's interrupt gets lost now and then, with both edges that it carries.
         """
         if self._session and not self._out:
             self.send(encode(Kind.BEAT))
