@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from chaos import disk, image, pvh, registry, store, vif, xenstored
+from chaos import device, disk, image, pvh, registry, store, vif, xenstored
 from chaos.devicepage import DevicePage
 from chaos.domains import reap
 from chaos.signals import held
@@ -381,7 +381,7 @@ def _prepare_vifs(creation: Creation) -> None:
                 pfn=top + first,
                 frames=tuple(creation.reserved[first : first + vif.PAGES]),
                 gref=vif.FIRST_GREF + first,
-                port=creation.host.ctrl.evtchn_alloc_unbound(creation.domid, vif.DOM0),
+                port=creation.host.ctrl.evtchn_alloc_unbound(creation.domid, device.DOM0),
             )
         )
     vif.seed(creation.host, creation.domid, creation.vifs)
@@ -422,7 +422,7 @@ def _prepare_disks(creation: Creation) -> None:
                 pfn=top + index,
                 frame=creation.reserved[index],
                 gref=vif.FIRST_GREF + index,
-                port=creation.host.ctrl.evtchn_alloc_unbound(creation.domid, vif.DOM0),
+                port=creation.host.ctrl.evtchn_alloc_unbound(creation.domid, device.DOM0),
             )
         )
     disk.seed(creation.host, creation.domid, creation.disks)

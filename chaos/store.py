@@ -49,15 +49,10 @@ def _storesd_runs() -> bool:
 
 def check(config: DomainConfig, served: str) -> None:
     """Refuse what takes a store where there is none. Raises DeviceError."""
-    if config.disks:
-        raise DeviceError(
-            "the image does not speak noxs, and disks of stock guests are not supported yet",
-            hint="build it with noxs.h, or leave disk= out",
-        )
-    if config.vifs and not served:
+    if (config.vifs or config.disks) and not served:
         raise DeviceError(
             "storesd is not running: a guest that does not speak noxs needs it for its devices",
-            hint="start storesd, or leave vif= out",
+            hint="start storesd, or leave vif= and disk= out",
         )
 
 

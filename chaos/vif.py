@@ -21,18 +21,19 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
 from itertools import compress
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from chaos.device import Device
+from chaos import backend, device
+from chaos.backend import CLOSED, CLOSING, CONNECTED
+from chaos.device import DOM0, INITIALISING, Device
 from noxs import abi, hotplug
 from noxs.page import Vif, VifQueue
 from xenctypes.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
     from chaos.device import Value
     from chaos.host import Host
@@ -51,16 +52,12 @@ SRING_REQUESTS = 64
 RX_REQUEST = Struct("@HHI")  # netif_rx_request: id, pad, gref
 RX_ENTRY_SIZE = 8
 XENMEM_GRANT_TABLE = 1  # XENMEM_resource_grant_table
-DOM0 = 0
+KIND = "vif"
 CONNECT_TIMEOUT = 30.0
 RESTART_TIMEOUT = 10.0  # for xendevd to come back
 FORWARD_TIMEOUT = 2.0  # a port that somebody shut stays shut
 BRIDGE_PORT_DISABLED = "0"  # BR_STATE_DISABLED of linux/if_bridge.h
-LOOK_EVERY = 1.0  # seconds between looks at what no watch tells of
-CLOSE_TIMEOUT = 30.0
-STATE_INITIALISING, STATE_CONNECTED, STATE_CLOSING, STATE_CLOSED = "1", "4", "5", "6"
 NETBACK = "/sys/bus/xen-backend/drivers/vif"
-DEVICES = "/sys/devices"  # a link below /sys/bus would go before the driver has let go
 OPEN_VSWITCH = "/run/openvswitch/db.sock"
 MTU = 1500
 FEATURES = (
@@ -141,17 +138,17 @@ def _init_rings(view: memoryview, vif: PreparedVif) -> None:
 
 def backend_path(domid: int, devid: int) -> str:
     """The backend's directory on the bus."""
-    return f"{backend_directory(domid)}/{devid}"
+    return device.backend_path(domid, KIND, devid)
 
 
 def backend_directory(domid: int) -> str:
     """Where the backends of all vifs of a domain are on the bus."""
-    return f"/local/domain/{DOM0}/backend/vif/{domid}"
+    return backend.directory(domid, KIND)
 
 
 def frontend_path(domid: int, devid: int) -> str:
     """The frontend's directory on the bus."""
-    return f"/local/domain/{domid}/device/vif/{devid}"
+    return device.frontend_path(domid, KIND, devid)
 
 
 def nodes(domid: int, name: str, vif: PreparedVif) -> list[tuple[str, str]]:
@@ -161,7 +158,7 @@ def nodes(domid: int, name: str, vif: PreparedVif) -> list[tuple[str, str]]:
     front = {
         "backend": backend,
         "backend-id": DOM0,
-        "state": STATE_CONNECTED,
+        "state": CONNECTED,
         "handle": config.devid,
         "mac": mac_text(vif.mac),
         "tx-ring-ref": vif.gref,
@@ -176,7 +173,7 @@ def nodes(domid: int, name: str, vif: PreparedVif) -> list[tuple[str, str]]:
         "frontend-id": domid,
         "online": 1,
         **_backend_nodes(name, vif.mac, config),
-        "state": STATE_INITIALISING,
+        "state": INITIALISING,
     }
     return [
         *((f"{frontend}/{key}", str(value)) for key, value in front.items()),
@@ -302,7 +299,7 @@ def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> lis
     bus.transact(write, repeatable=True)
     _await_all(bus, domid, [vif.config.devid for vif in vifs], _connected)
     deadline = time.monotonic() + FORWARD_TIMEOUT
-    _await(deadline, lambda: all(_forwards(domid, vif.config) for vif in vifs))
+    backend.wait_for(deadline, lambda: all(_forwards(domid, vif.config) for vif in vifs))
     return [vif._replace(mtu=_mtu(domid, vif.config)) for vif in vifs]
 
 
@@ -320,7 +317,7 @@ def _await_all(
 ) -> None:
     waiting = set(devids)
     served = time.monotonic()
-    with _watching(bus, backend_directory(domid)) as changes:
+    with backend.watching(bus, backend_directory(domid)) as changes:
         for _ in changes(CONNECT_TIMEOUT):
             waiting = {devid for devid in waiting if not done(bus, domid, devid)}
             if not waiting:
@@ -341,7 +338,7 @@ def _await_all(
 
 
 def _connected(bus: Bus, domid: int, devid: int) -> bool:
-    return _progress(bus, domid, devid)[0] == STATE_CONNECTED
+    return _progress(bus, domid, devid)[0] == CONNECTED
 
 
 def _plugged(bus: Bus, domid: int, devid: int) -> bool:
@@ -352,11 +349,11 @@ def _progress(bus: Bus, domid: int, devid: int) -> tuple[str | None, str | None]
     """A backend's state and hotplug status. DeviceError when it will get no further."""
     path = backend_path(domid, devid)
     paths = [f"{path}/{key}" for key in ("state", hotplug.STATUS, hotplug.ERROR_TEXT)]
-    state, status, why, text = bus.read_many([*paths, _error_path(domid, devid)])
+    state, status, why, text = bus.read_many([*paths, backend.error_path(domid, KIND, devid)])
     if status == hotplug.ERROR:
         raise DeviceError(f"vif {devid}: {why or 'xendevd could not plug it'}")
     said = _behind(text)
-    if state in {STATE_CLOSING, STATE_CLOSED} or (said and not _driven(domid, devid)):
+    if state in {CLOSING, CLOSED} or (said and not backend.driven(domid, KIND, devid)):
         raise DeviceError(f"vif {devid}: netback refused it{said}", hint="dmesg may say more")
     return state, status
 
@@ -368,19 +365,11 @@ def _unplugged(bus: Bus, domid: int, devids: Iterable[int]) -> bool:
 
 def _netback_error(bus: Bus, domid: int, devid: int) -> str:
     """What netback wrote about a vif that failed (xenbus_va_dev_error), with ": " in front."""
-    return _behind(bus.get(_error_path(domid, devid)))
+    return _behind(bus.get(backend.error_path(domid, KIND, devid)))
 
 
 def _behind(text: str | None) -> str:
     return f": {' '.join(text.split())}" if text else ""
-
-
-def _error_path(domid: int, devid: int) -> str:
-    return f"{_errors(domid)}/{devid}/error"
-
-
-def _errors(domid: int) -> str:
-    return f"/local/domain/{DOM0}/error/backend/vif/{domid}"
 
 
 def _forwards(domid: int, config: VifConfig) -> bool:
@@ -421,85 +410,9 @@ def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:
     """Have netback let go of vifs, and remove their nodes; missing ones are fine.
 
     netback unmaps the rings, ends its threads and removes the interface before its device goes
-    (netback_remove). Raises DeviceError when that takes longer than CLOSE_TIMEOUT; the nodes
-    are removed even then.
+    (netback_remove). Raises DeviceError as chaos.backend.close does.
     """
-    known = [devid for devid in devids if bus.exists(f"{backend_path(domid, devid)}/frontend")]
-    changes = [(f"{backend_path(domid, devid)}/online", "0") for devid in known]
-    changes += [(f"{frontend_path(domid, devid)}/state", STATE_CLOSED) for devid in known]
-    if known:
-        bus.transact(lambda tx: tx.write_many(changes), repeatable=True)
-    deadline = time.monotonic() + CLOSE_TIMEOUT
-    # A device whose probe failed has no driver to close it; it goes with its nodes.
-    _await(deadline, lambda: not any(_driven(domid, devid) for devid in devids))
-    paths = [backend_path(domid, devid) for devid in devids]
-    paths += [frontend_path(domid, devid) for devid in devids]
-    bus.rm_many([*paths, _errors(domid)])
-    _prune(bus, (backend_directory(domid), f"/local/domain/{domid}", *_error_parents()))
-    if not _await(deadline, lambda: not any(map(os.path.exists, _devices(domid, devids)))):
-        left = [os.path.basename(path) for path in _devices(domid, devids) if os.path.exists(path)]
-        raise DeviceError(f"netback does not let go of {', '.join(left)}", hint="dmesg says why")
-
-
-def _error_parents() -> tuple[str, ...]:
-    base = f"/local/domain/{DOM0}/error"
-    return (f"{base}/backend/vif", f"{base}/backend", base)
-
-
-def _devices(domid: int, devids: Sequence[int]) -> list[str]:
-    return [f"{DEVICES}/vif-{domid}-{devid}" for devid in devids]
-
-
-def _driven(domid: int, devid: int) -> bool:
-    return os.path.exists(f"{DEVICES}/vif-{domid}-{devid}/driver")
-
-
-def _await(deadline: float, condition: Callable[[], bool]) -> bool:
-    """Wait for the kernel to finish with a device: nothing that we could wait on tells of it."""
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.001)
-    return True
-
-
-def _prune(bus: Bus, directories: Sequence[str]) -> None:
-    """Remove directories that hold nothing any more but empty ones."""
-    for directory in directories:
-        if bus.exists(directory) and not _leaves(bus, directory):
-            bus.rm(directory)
-
-
-def _leaves(bus: Bus, directory: str) -> bool:
-    if bus.get(directory):
-        return True
-    return any(_leaves(bus, f"{directory}/{name}") for name in bus.directory(directory))
-
-
-@contextmanager
-def _watching(bus: Bus, path: str) -> Iterator[Callable[[float], Iterator[None]]]:
-    """Watch a backend directory; what is yielded gives turns: at once, after changes, now and then.
-
-    Only changes that tell how far a vif is count: netback writes a dozen other nodes for each.
-    """
-    token = f"vif {path}"
-    bus.watch(path, token)
-
-    def tells(changed: str) -> bool:
-        return changed == path or changed.rpartition("/")[2] in {"state", hotplug.STATUS}
-
-    def changes(timeout: float) -> Iterator[None]:
-        deadline = time.monotonic() + timeout
-        yield None
-        while (left := deadline - time.monotonic()) > 0:
-            events = bus.events(min(left, LOOK_EVERY))
-            if not events or any(tells(changed) for changed, _ in events):
-                yield None
-
-    try:
-        yield changes
-    finally:
-        bus.unwatch(path, token)
+    backend.close(bus, domid, KIND, devids)
 
 
 def taken_macs(bus: Bus, ours: Container[int] = frozenset()) -> set[str]:

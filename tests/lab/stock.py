@@ -10,6 +10,18 @@ from pathlib import Path
 KERNEL = Path(f"/boot/vmlinuz-{os.uname().release}")
 DRIVERS = Path("/lib/modules") / os.uname().release / "kernel/drivers"
 NET, BLOCK = "net/xen-netfront.ko", "block/xen-blkfront.ko"
+EXT4 = tuple(
+    str(path)
+    for path in (
+        Path("..") / name
+        for name in (
+            "crypto/crc32c_generic.ko", "lib/crc16.ko", "lib/libcrc32c.ko", "fs/mbcache.ko",
+            "fs/jbd2/jbd2.ko", "fs/ext4/ext4.ko",
+        )
+    )
+    if (DRIVERS / path).exists() or (DRIVERS / path).with_suffix(".ko.xz").exists()
+)  # fmt: skip
+"""What ext4 takes; which of it is built in differs between releases. In no order: see INIT."""
 XZ = b"\xfd7zXZ\0"
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from chaosd import GUESTS, running
 from command import chaos
-from daemons import ensure_bus, ensure_xendevd
+from daemons import ensure_bus, ensure_xendevd, wait_for
 from test_create import Footprint
 
 from chaos.client import Chaos
@@ -92,6 +92,7 @@ def image(warm: None) -> Iterator[Path]:
         measured.settled()
 
 
+@pytest.mark.anyhost
 def test_what_a_guest_writes_arrives_and_is_its_own(image: Path) -> None:
     """As PV; then two PVH guests that only read share it; then one is destroyed as it writes."""
     link = image.parent / "link"
@@ -128,12 +129,21 @@ def test_what_a_guest_writes_arrives_and_is_its_own(image: Path) -> None:
     check_written(image, 2048)
 
 
-def test_the_daemon_gives_roots_guests_disks_and_finds_them_again(image: Path) -> None:
+def test_the_daemon_gives_roots_guests_disks_and_restarts_them(image: Path) -> None:
     with running("[pool]\nadaptive = false\n") as daemon, Chaos() as client:
         settings = [*wanted("disk", f"{image},raw,xvda,rw"), f"kernel='{GUESTS}/disk.elf'"]
-        client.call("create", path=f"/src/{DISK}", overrides=settings, wait_ready=60)
+        made = client.call("create", path=f"/src/{DISK}", overrides=settings, wait_ready=60)
         check_written(image, 64)
         said = client.call("logs", domain="disk").replace(b"\r", b"")
         assert b"wrote and read 64 sectors, 0 wrong, 0 requests failed\n1 disks are sound" in said
         daemon.kill()
         daemon.start()
+        client.call("reboot", domains=["disk"])
+        wait_for(
+            lambda: any(
+                one["name"] == "disk" and one["domid"] != made["domid"]
+                for one in client.call("list")
+            ),
+            "it is not restarted",
+        )
+        assert str(image) in loops().values()
