@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chaos import domains
+from chaos.configjson import from_dict
 from chaos.destroy import strip
 from chaos.domains import shutdown_name
 from xenctypes.errors import StateError
@@ -45,7 +46,9 @@ def action_for(config: DomainConfig, info: DomainInfo) -> tuple[str, str]:
 
 
 def successor(config: DomainConfig, record: Record) -> DomainConfig:
-    """The configuration to create a domain again with: the name it has now, its addresses."""
+    """The configuration to create a domain again with: its name, addresses and devices of now."""
+    if record.config:
+        config = from_dict(record.config | {"name": record.name})
     macs = [bytes.fromhex(mac.replace(":", "")) for mac in record.macs]
     vifs = tuple(replace(each, mac=mac) for each, mac in zip(config.vifs, macs, strict=True))
     return replace(config, name=record.name, vifs=vifs)
@@ -58,8 +61,7 @@ def set_aside(host: Host, names: Registry, uuid: str) -> str:
     on. Raises StateError if it is gone; what it did before another error does no harm when it is
     called again.
     """
-    with names.locked(), names.entry(uuid) as entry:
-        entry.lock(wait=True)
+    with names.owning(uuid) as entry:
         record = names.read(uuid)
         if record is None:
             raise StateError(f"domain {uuid} is gone")

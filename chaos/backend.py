@@ -6,22 +6,27 @@ Common to all kinds; ``kind`` is "vbd" as in the bus's paths and in the names of
 from __future__ import annotations
 
 import os
+import re
 import time
 from contextlib import contextmanager
+from errno import ETIMEDOUT
 from typing import TYPE_CHECKING
 
 from chaos.device import DOM0, backend_path, frontend_path
 from noxs import hotplug
-from xenctypes.errors import DeviceError
+from xenctypes.errors import BusError, DeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from noxs.bus import Bus
+    from noxs.bus import Bus, Transaction
 
 CONNECTED, CLOSING, CLOSED = "4", "5", "6"  # xenbus_state, io/xenbus.h
 CLOSE_TIMEOUT = 30.0
+CLOSE_SECONDS = 10.0
+"""How long a guest may take to close a device, as with xl."""
 LOOK_EVERY = 1.0  # seconds between looks at what no watch tells of
+_NUMBER = re.compile(r"[0-9]{1,10}\Z")
 DEVICES = "/sys/devices"  # a link below /sys/bus would go before the driver has let go
 
 
@@ -42,6 +47,53 @@ def _errors(domid: int, kind: str) -> str:
 def driven(domid: int, kind: str, devid: int) -> bool:
     """Whether a driver has the device."""
     return os.path.exists(f"{DEVICES}/{kind}-{domid}-{devid}/driver")
+
+
+def ask_to_close(bus: Bus, domid: int, kind: str, devid: int) -> bool:
+    """Have a running guest close a device; False if it does not in CLOSE_SECONDS. BusError."""
+    back = backend_path(domid, kind, devid)
+    state = f"{back}/state"
+
+    def write(tx: Transaction) -> bool:
+        if tx.get(state) in {None, CLOSED}:
+            return False
+        tx.write_many([(f"{back}/online", "0"), (state, CLOSING)])
+        return True
+
+    if not bus.transact(write, repeatable=True):
+        return True
+    try:
+        # The driver says so, or its device is gone, once the guest has closed its end.
+        bus.wait_for(state, lambda value: value in {None, CLOSED}, CLOSE_SECONDS)
+    except BusError as error:
+        if error.errno != ETIMEDOUT:
+            raise
+        return False
+    return True
+
+
+def rows(
+    bus: Bus, domid: int, kind: str, back: Sequence[str], front: Sequence[str]
+) -> list[dict[str, str | int | None]]:
+    """A domain's devices for a listing: keys of the back end, and numbers of the front end.
+
+    What is missing is None, and so is what the guest wrote and is no number. Raises BusError.
+    """
+    found: list[dict[str, str | int | None]] = []
+    base = directory(domid, kind)
+    for devid in sorted(map(int, bus.directory(base) if bus.exists(base) else ())):
+        path, frontend = backend_path(domid, kind, devid), frontend_path(domid, kind, devid)
+        said = bus.read_many(f"{path}/{key}" for key in back)
+        wrote = bus.read_many(f"{frontend}/{key}" for key in front)
+        row: dict[str, str | int | None] = {"devid": devid, "backend": path}
+        row.update(zip(back, said, strict=True))
+        row.update(zip(front, map(_number, wrote), strict=True))
+        found.append(row)
+    return found
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and _NUMBER.match(text) else None
 
 
 def close(bus: Bus, domid: int, kind: str, devids: Sequence[int]) -> None:

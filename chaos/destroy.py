@@ -44,7 +44,7 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
         with names.locked():  # the daemon may be writing the record too
             if not entry.lock(wait=False):
                 raise StateError(
-                    f'domain "{domain.name}" is being created or destroyed by another command',
+                    f'domain "{domain.name}" is being created, changed or destroyed already',
                     hint="wait for it",
                 )
             record = names.read(domain.uuid) or registry.Record(domain.uuid, domain.name)

@@ -409,13 +409,19 @@ def _offers(bus: Bus, domid: int, devid: int) -> dict[str, int]:
 def disconnect_all(bus: Bus, domid: int) -> None:
     """Have blkback let go of whatever disks the bus knows of a domain, and remove their nodes.
 
+    Raises DeviceError as ``disconnect`` does.
+    """
+    base = backend.directory(domid, KIND)
+    if bus.exists(base):
+        disconnect(bus, domid, [int(name) for name in bus.directory(base)])
+
+
+def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:
+    """Have blkback let go of disks, and remove their nodes; missing ones are fine.
+
     Then xendevd detaches their loop devices, which is waited for as long as it runs: the next guest
     may want the files. Raises DeviceError if one stays.
     """
-    base = backend.directory(domid, KIND)
-    if not bus.exists(base):
-        return
-    devids = [int(name) for name in bus.directory(base)]
     files = dict(_loop_files(bus, domid, devids))
     if devids:
         backend.close(bus, domid, KIND, devids)

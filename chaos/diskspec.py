@@ -87,15 +87,18 @@ class DiskConfig:
         return asdict(self)
 
 
-def parse_disk(text: str) -> tuple[DiskConfig, list[str]]:
-    """Read one disk.  Also return warnings.
+def parse_disk(text: str, *more: str) -> tuple[DiskConfig, list[str]]:
+    """Read one disk.  Also return warnings.  ``more`` goes on where ``text`` ends.
 
     Raise ConfigError; its ``column`` is the position in the text, from 1.
     """
-    if len(text) > MAX_TEXT:
+    if len(text) + sum(map(len, more)) > MAX_TEXT:
         raise ConfigError(f"a disk is longer than {MAX_TEXT} characters")
     scan = _Scan(text)
     scan.run()
+    for part in more:
+        scan.text, scan.at = part, 0
+        scan.run()
     try:
         strings, chosen, flags = scan.settle()
         # Each by its own name and type.

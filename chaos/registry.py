@@ -199,6 +199,21 @@ class Registry:
             self._locked = False
             os.close(fd)
 
+    @contextlib.contextmanager
+    def owning(self, uuid: str) -> Iterator[Entry]:
+        """Hold the registry's lock and a domain's; StateError if that is gone.
+
+        While somebody else has the domain's, which may take a while, the registry is free.
+        """
+        with self.entry(uuid) as entry:
+            while True:
+                with self.locked():
+                    if entry.lock(wait=False):
+                        yield entry
+                        return
+                entry.lock(wait=True)
+                entry.close()
+
     def daemon_runs(self) -> bool:
         """Whether a chaosd holds its lock on this registry."""
         return lockfile.held(f"{self.path}/{DAEMON_LOCK}")

@@ -38,10 +38,11 @@ def service(host: Host) -> str:
     """Who serves stock guests on this host: PRIVATE, SHARED, or "" if nobody does."""
     if xenstored.serves(host):
         return SHARED
-    return PRIVATE if _storesd_runs() else ""
+    return PRIVATE if serves() else ""
 
 
-def _storesd_runs() -> bool:
+def serves() -> bool:
+    """Whether storesd runs."""
     from noxs import gueststores
 
     return gueststores.running()
@@ -143,12 +144,16 @@ def attach_devices(tenancy: Tenancy) -> None:
         return
     host, domid = tenancy.host, tenancy.domid
     tenancy.attached = True
-    device.offer(host.bus, domid, devices, shared=tenancy.service == SHARED)
-    if tenancy.service == PRIVATE:
-        for each in devices:
-            host.stores.attach(domid, each.kind, each.devid, each.front)
+    _offer(host, tenancy.service, domid, devices)
     vif.await_plugged(host.bus, domid, [each.devid for each in devices if each.kind == "vif"])
     disk.await_progress(host.bus, domid, tenancy.config.disks, connected=False)
+
+
+def _offer(host: Host, served: str, domid: int, devices: Sequence[Device]) -> None:
+    device.offer(host.bus, domid, devices, shared=served == SHARED)
+    if served == PRIVATE:
+        for each in devices:
+            host.stores.attach(domid, each.kind, each.devid, each.front)
 
 
 def detach_devices(tenancy: Tenancy) -> None:
@@ -196,10 +201,21 @@ def release(host: Host, served: str, domid: int, uuid: str) -> bool:
                 raise
         host.bus.rm_many([f"/local/domain/{domid}", f"/vm/{uuid}"])
     elif served == PRIVATE:
-        if not _storesd_runs():
+        if not serves():
             return False
         host.stores.release(domid)
     return True
+
+
+def attach_device(host: Host, record: Record, offered: Device) -> None:
+    """Offer a device to a guest that runs. Raises BusError."""
+    _offer(host, record.store, record.domid, [offered])
+
+
+def detach_device(host: Host, record: Record, kind: str, devid: int) -> None:
+    """Take a device out of a guest's store; its back end's nodes stay. BusError."""
+    if record.store == PRIVATE:
+        host.stores.detach(record.domid, kind, devid)
 
 
 def rename(host: Host, record: Record) -> None:
@@ -210,7 +226,7 @@ def rename(host: Host, record: Record) -> None:
     ]
     if record.store == SHARED:
         host.bus.write_many(pairs)
-    elif record.store == PRIVATE and _storesd_runs():
+    elif record.store == PRIVATE and serves():
         host.stores.write_many(pairs)
 
 

@@ -41,8 +41,7 @@ def _rename(call: Invocation) -> int:
     name = call.args.name
     check_name(name)
     domain, _ = owned(call.host, call.names, call.args.domain)
-    with call.names.locked(), call.names.entry(domain.uuid) as entry:
-        entry.lock(wait=True)
+    with call.names.owning(domain.uuid) as entry:
         record = call.names.read(domain.uuid)
         if record is None:
             raise StateError(f'domain "{domain.name}" is gone')

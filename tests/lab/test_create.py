@@ -65,6 +65,10 @@ class Footprint:
 
     def __init__(self, host: Host) -> None:
         self.host = host
+        deadline = time.monotonic() + 20
+        while any(info.dying for info in host.ctrl.domain_list()):  # of the test before
+            assert time.monotonic() < deadline, host.ctrl.domain_list()
+            os.sched_yield()
         self.before = self.measure()
 
     def measure(self) -> dict[str, int]:
@@ -82,13 +86,13 @@ class Footprint:
     def settled(self) -> None:
         """The hypervisor frees a domain's last pages after a grace period: wait for that.
 
-        More free pages than before are the last domain's of the test before.
+        More free pages than before, and less of all else, is what the test before gave back late.
         """
         deadline = time.monotonic() + 20
         while left := {
             key: (self.before[key], value)
             for key, value in self.measure().items()
-            if (value < self.before[key] if key == "free pages" else value != self.before[key])
+            if (value < self.before[key] if key == "free pages" else value > self.before[key])
         }:
             assert time.monotonic() < deadline, left
             os.sched_yield()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from chaosd import GUESTS, filled, running
+from chaosd import GUESTS, NONE, filled, running
 from command import chaos
 from daemons import (
     end,
@@ -38,22 +40,29 @@ from chaos.host import Host
 from chaos.registry import Registry
 from noxs.bus import Bus
 from noxs.gueststores import GuestStores
-from noxs.storesd import STATE
+from noxs.storesd import GNTTAB_RESERVED_XENSTORE, STATE
 from xenctypes.errors import ChaosError, StateError, StepError
+from xenctypes.gnttab import Gnttab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 HELLO = "/src/examples/hello.cfg"
+PHYS32_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY, public/elfnote.h
 BRIDGE = "xenbr0"
 ADDRESS = "10.77.0.61"
 MAC = "00:16:3e:99:07:02"
+LATE_MAC, LATE_ADDRESS, LATE_GATEWAY = "00:16:3e:99:07:03", "10.78.0.61", "10.78.0.1"
+"""Of the vif that it gets while it runs, which alone answers for its address."""
 BOOT_SECONDS = 240.0
 """For a stock kernel whose page tables and processor are both emulated."""
 INIT = f"""#!/bin/busybox sh
 export PATH=/bin
-for tool in mount umount mkdir insmod ip ping sleep nproc; do busybox ln -s busybox /bin/$tool; done
-mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev
+for tool in mount umount mkdir insmod ip ping sleep nproc sh getty login; do
+    busybox ln -s busybox /bin/$tool
+done
+mount -t proc proc /proc; echo 1 > /proc/sys/kernel/sysrq
+mount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev
 for pass in 1 2 3; do for module in /*.ko; do insmod $module 2>/dev/null; done; done
 until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
 ip addr add {ADDRESS}/24 dev eth0
@@ -67,8 +76,27 @@ if [ -e /xen-blkfront.ko ]; then
     umount /mnt
     echo disk-done
 fi
+echo 1 > /proc/sys/net/ipv4/conf/all/arp_ignore
+mkdir /etc
+echo root::0:0:root:/:/bin/sh > /etc/passwd
+echo root:x:0: > /etc/group
+getty -L 0 hvc0 vt100 &
 while :; do
-    echo "$(nproc) processors,"
+    if [ -e /sys/class/net/eth1 ]; then
+        ip addr add {LATE_ADDRESS}/24 dev eth1
+        ip link set eth1 up
+    fi 2> /dev/null
+    if [ -b /dev/xvdb ] && [ ! -e /late ]; then
+        mount -t ext4 /dev/xvdb /mnt
+        echo from the guest, later > /mnt/greeting
+        umount /mnt
+        echo late-disk-done
+        echo > /late
+    fi
+    set -- /sys/class/net/eth*
+    cards=$#
+    set -- /sys/block/xvd*
+    echo "$(nproc) processors, $cards cards, $# disks"
     sleep 1
 done
 """
@@ -104,6 +132,16 @@ def nothing_left(host: Host) -> Iterator[None]:
     assert not any(left.values()), left
 
 
+@pytest.fixture
+def plain(tmp_path: Path) -> list[str]:
+    """Overrides of hello's configuration for an image that is a stock guest's, with a vif."""
+    kernel = tmp_path / "plain.elf"
+    elf = Path(f"{GUESTS}/hello.elf").read_bytes()
+    assert elf.count(b"noxs\0") == 1
+    kernel.write_bytes(elf.replace(b"noxs\0", b"none\0"))
+    return [f'kernel="{kernel}"', f'vif=["bridge={BRIDGE}"]', 'name="plain"']
+
+
 def traces(host: Host) -> dict[str, set[str]]:
     """What guests leave where others look; tests of the bus leave nodes of no guest at all."""
     backend, bus = "/local/domain/0/backend", host.bus
@@ -129,8 +167,8 @@ def config_file(directory: Path, kind: str, ramdisk: Path, *more: str) -> str:
     return str(cfg)
 
 
-def answers() -> bool:
-    ping = ["ping", "-c", "1", "-W", "1", ADDRESS]
+def answers(address: str = ADDRESS) -> bool:
+    ping = ["ping", "-c", "1", "-W", "1", address]
     return subprocess.run(ping, check=False, capture_output=True).returncode == 0
 
 
@@ -143,14 +181,14 @@ def greeting(image: Path) -> str:
 
 
 @contextmanager
-def console(name: str, log: Path) -> Iterator[None]:
-    """What the guest says, in a file, and on a failure in the test's report."""
+def console(name: str, log: Path) -> Iterator[Callable[[bytes], int]]:
+    """What the guest says, in a file, and on a failure in the test's report; a keyboard."""
     silent, keyboard = os.pipe()
     try:
         with log.open("ab") as out:
             attached = subprocess.Popen(["chaos", "console", name], stdin=silent, stdout=out)
         try:
-            yield
+            yield partial(os.write, keyboard)
         finally:
             attached.terminate()
             attached.wait(60)
@@ -160,7 +198,68 @@ def console(name: str, log: Path) -> Iterator[None]:
         os.close(keyboard)
 
 
-@pytest.mark.every_release
+def served(*argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """The installed command, which has the daemon run the verb."""
+    done = subprocess.run(["chaos", *argv], capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@contextmanager
+def late_network() -> Iterator[None]:
+    """Dom0 is in the network that the guest's late vif is for."""
+    address = ["ip", "addr", "replace", f"{LATE_GATEWAY}/24", "dev", BRIDGE]
+    subprocess.run(address, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*address[:2], "del", *address[3:]], check=True)
+
+
+def change_devices(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+    host: Host,
+    domid: int,
+    said: Callable[[], bytes],
+    plain: list[str],
+) -> None:
+    """A vif and a disk come and go while the guest runs."""
+    image, mapped = Path(plain[0].split('"')[1]).with_name("late"), traces(host)
+
+    def listed(kind: str, *keys: str) -> list[tuple[Any, ...]]:
+        rows = json.loads(run(f"{kind}-list", "--json", "stock").stdout)
+        return [tuple(row[key] for key in keys) for row in rows]
+
+    subprocess.run(["mkfs.ext4", "-q", str(image), "8M"], check=True)
+    run("create", "-q", "-p", HELLO, *plain, f'disk=["{image},raw,xvda,rw"]')
+    refused = run("block-attach", "stock", f"{image},raw,xvdb,r", check=False)
+    assert 'is a disk of "plain" already' in refused.stderr
+    run("destroy", "plain")
+    with late_network():
+        run("network-attach", "stock", f"bridge={BRIDGE}", f"mac={LATE_MAC}")
+        run("block-attach", "stock", str(image), "raw", "xvdb", "w")
+        refused = run("block-attach", "stock", f"{image},raw,xvdc,r", check=False)
+        assert "is a disk of this domain already" in refused.stderr
+        refused = run("network-attach", "stock", f"mac={LATE_MAC}", "bridge=nowhere", check=False)
+        assert "two vifs have the MAC" in refused.stderr
+        wait_for(lambda: answers(LATE_ADDRESS), "the late vif does not answer", BOOT_SECONDS)
+        neighbour = ["ip", "neigh", "show", LATE_ADDRESS, "dev", BRIDGE]
+        known = subprocess.run(neighbour, check=True, capture_output=True, text=True).stdout
+        assert LATE_MAC in known
+        wait_for(lambda: b"late-disk-done" in said(), "the late disk is not written", BOOT_SECONDS)
+        assert listed("network", "mac", "state") == [(MAC, 4), (LATE_MAC, 4)]
+        assert listed("block", "dev", "state") == [("xvda", 4), ("xvdb", 4)]
+        begin = len(said())
+        run("network-detach", "stock", LATE_MAC)
+        run("block-detach", "stock", "xvdb")
+        assert traces(host) == mapped
+        assert not Path(f"/sys/devices/vbd-{domid}-51728").exists()
+        wait_for(lambda: b" 1 cards, 1 disks" in said()[begin:], "it keeps a late device")
+    assert listed("network", "mac", "state") == [(MAC, 4)]
+    assert listed("block", "dev", "state") == [("xvda", 4)]
+    assert greeting(image) == "from the guest, later\n"
+
+
 def test_linux_gets_its_devices_and_is_shut_down(
     host: Host, nothing_left: None, tmp_path: Path
 ) -> None:
@@ -177,7 +276,7 @@ def test_linux_gets_its_devices_and_is_shut_down(
         try:
             assert stores.read(f"/local/domain/{domid}/cpu/1/availability") == "online"
             assert stores.read(f"/local/domain/{domid}/memory/target") == str(192 << 10)
-            with console("stock", log):
+            with console("stock", log) as typed:
                 chaos("unpause", "stock")
                 for device in ("vif/0", "vbd/51712"):
                     wait_for(
@@ -194,6 +293,10 @@ def test_linux_gets_its_devices_and_is_shut_down(
                     "the disk is not written",
                     BOOT_SECONDS,
                 )
+                for prompt, line in ((b"login:", b"root\n"), (b" # ", b"echo $((6*7)) is it\n")):
+                    wait_for(lambda prompt=prompt: prompt in log.read_bytes(), f"no {prompt!r}")
+                    typed(line)
+                wait_for(lambda: b"42 is it" in log.read_bytes(), "nobody is logged in")
                 assert not stores.exists(f"/local/domain/{domid}/device/vif/0/script")
                 assert stores.read(f"/local/domain/0/backend/vbd/{domid}/51712/sectors") == "16384"
                 assert not stores.exists(f"/local/domain/0/backend/vbd/{domid}/51712/params")
@@ -219,15 +322,15 @@ def test_linux_gets_its_devices_and_is_shut_down(
 
 @pytest.mark.anyhost
 def test_the_daemon_makes_one_and_finds_it_again(
-    host: Host, nothing_left: None, tmp_path: Path
+    host: Host, nothing_left: None, plain: list[str], tmp_path: Path
 ) -> None:
-    """As PVH on a host with storesd, as PV and for xl's eyes on one with xenstored."""
+    """As PVH on a host with storesd, where it panics in the end; as PV on one with xenstored."""
     shared = store.service(host) == store.SHARED
     image = tmp_path / "disk"
     subprocess.run(["mkfs.ext4", "-q", str(image), "8M"], check=True)
-    ramdisk = initramfs(tmp_path, INIT, NET, BLOCK, *EXT4)
-    kind = "pv" if shared else "pvh"
-    cfg = config_file(tmp_path, kind, ramdisk, f'disk = ["{image},raw,xvda,rw"]')
+    ramdisk = initramfs(tmp_path, INIT, NET, *(() if shared else (BLOCK, *EXT4)))
+    kind, disks = ("pv", "") if shared else ("pvh", f'disk = ["{image},raw,xvda,rw"]')
+    cfg = config_file(tmp_path, kind, ramdisk, disks)
     with running("[pool]\nadaptive = false\n") as daemon, Chaos() as client:
         made = client.call("create", path=cfg)
         assert host.bus.read(f"/local/domain/{made['domid']}/device/vif/0/mac") == MAC
@@ -239,26 +342,23 @@ def test_the_daemon_makes_one_and_finds_it_again(
         daemon.start()
         wait_for(answers, "it does not answer any more")
         with Chaos() as again:
-            assert b"network-up" in again.call("logs", domain="stock")
-            wait_for(
-                lambda: b"disk-done" in again.call("logs", domain="stock"), "no disk", BOOT_SECONDS
-            )
-        chaos("shutdown", "-w", "stock", timeout=BOOT_SECONDS)
+
+            def said() -> bytes:
+                return again.call("logs", domain="stock")
+
+            assert b"network-up" in said()
+            if not shared:
+                wait_for(lambda: b"disk-done" in said(), "no disk", BOOT_SECONDS)
+                change_devices(served, host, made["domid"], said, plain)
+        if shared:
+            chaos("shutdown", "-w", "stock", timeout=BOOT_SECONDS)
+        else:
+            chaos("sysrq", "stock", "c")  # it panics
         wait_for(lambda: len(host.ctrl.domain_list()) == 1, "it is not destroyed")
-    assert greeting(image) == "from the guest\n"
+    assert shared or greeting(image) == "from the guest\n"
 
 
 # Guests that need not run: hello, without the note that says that it speaks noxs.
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> list[str]:
-    """Overrides of hello's configuration for an image that is a stock guest's, with a vif."""
-    kernel = tmp_path / "plain.elf"
-    elf = Path(f"{GUESTS}/hello.elf").read_bytes()
-    assert elf.count(b"noxs\0") == 1
-    kernel.write_bytes(elf.replace(b"noxs\0", b"none\0"))
-    return [f'kernel="{kernel}"', f'vif=["bridge={BRIDGE}"]', 'name="plain"']
 
 
 @pytest.mark.anyhost
@@ -315,6 +415,46 @@ def test_a_create_that_is_killed_is_reaped(
     chaos("create", "-q", "-p", HELLO, *plain)
     host.ctrl.domain_destroy(find(host, Registry(), "plain").domid)
     wait_for(lambda: len(list_domains(host, Registry())) == 1, "it stays")
+
+
+def pvh_image(code: bytes) -> bytes:
+    """An ELF file for PVH that runs 32-bit code where neither page tables nor an IDT are."""
+    entry = 1 << 20
+    note = struct.pack("<III4sI", 4, 4, PHYS32_ENTRY, b"Xen", entry)
+    at = 64 + 2 * 56
+    header = struct.pack(
+        "<4s5B7xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 0, 2, 62, 1, entry, 64, 0, 0, 64, 56, 2, 64,
+        0, 0,
+    )  # fmt: skip
+    load = struct.pack("<IIQQQQQQ", 1, 5, at + len(note), entry, entry, len(code), len(code), 4096)
+    notes = struct.pack("<IIQQQQQQ", 4, 4, at, 0, 0, len(note), len(note), 4)
+    return header + load + notes + note + code
+
+
+def test_guests_that_end_badly_leave_nothing(
+    host: Host, plain: list[str], nothing_left: None, tmp_path: Path
+) -> None:
+    """Those that never connect their vif; one that triple-faults; one whose grant somebody has."""
+    faulty = tmp_path / "faulty.elf"
+    faulty.write_bytes(pvh_image(b"\x0f\x0b"))  # ud2
+    pvh = [f'kernel="{faulty}"', 'type="pvh"', *plain[1:]]
+    preserve = [f'on_{how}="preserve"' for how in ("crash", "poweroff", "reboot")]
+    with running(NONE), Chaos() as client:
+        for overrides, reason in (([*plain, 'extra="poweroff"'], "poweroff"), (pvh, "reboot")):
+            client.call("create", path=HELLO, overrides=[*overrides, *preserve])
+            ended = wait_for(
+                lambda: client.call("list", domains=["plain"])[0]["shutdown_reason"], reason
+            )
+            assert ended == reason
+            client.call("destroy", domains=["plain"])
+        domid = client.call("create", path=HELLO, overrides=plain, paused=True)["domid"]
+        with Gnttab() as gnttab, gnttab.map_grant_refs(domid, [GNTTAB_RESERVED_XENSTORE]):
+            client.call("destroy", domains=["plain"])
+            assert any(info.domid == domid and info.dying for info in host.ctrl.domain_list())
+            again = client.call("create", path=HELLO, overrides=plain, paused=True)["domid"]
+            assert again != domid
+            client.call("destroy", domains=["plain"])
+        wait_for(lambda: len(host.ctrl.domain_list()) == 1, "it is not gone")
 
 
 def test_without_storesd(host: Host, plain: list[str], nothing_left: None) -> None:

@@ -99,6 +99,12 @@ def test_disks_are_those_of_libxlutil(text: str) -> None:
     assert ours(text) == theirs(text)
 
 
+def test_several_words_are_one_disk() -> None:
+    whole = parse_disk("/a,raw,xvda,ro,discard")
+    assert parse_disk("/a", "raw", "xvda", "ro", "discard") == whole
+    assert parse_disk("target=/a,b", "vdev=xvda,access=ro", "raw")[0].target == "/a,b"
+
+
 def test_defaults() -> None:
     disk, warnings = parse_disk("/dev/vg/a,,xvda")
     assert not warnings

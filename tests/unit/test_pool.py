@@ -548,7 +548,7 @@ def test_a_stock_guest_is_delivered_with_its_store_or_not_at_all(
         asked.append((tenancy.uuid, tenancy.config.name, tenancy.domid))
 
     monkeypatch.setattr(store, "STEPS", (Step("open store", "execute", "bus", do),))
-    monkeypatch.setattr(store, "_storesd_runs", lambda: False)
+    monkeypatch.setattr(store, "serves", lambda: False)
 
     async def shells(lab: Lab) -> tuple[DeliveringStock, Any]:
         flavour = lab.pool.add(spec(size=1))

@@ -15,19 +15,28 @@ from noxsd_process import Noxsd
 from paper_xen import Xen
 from stores_host import UUID, Hardware, NoBridge, listener
 
-from chaos import config, control, store
+from chaos import backend, config, control, disk, store, vif
+from chaos.afterlife import successor
 from chaos.control import Request
 from chaos.destroy import end, strip
+from chaos.domconfig import DomainConfig
 from chaos.registry import RUNNING, Record, Registry
 from chaos.steps import perform
 from chaos.store import PRIVATE, SHARED, Tenancy
-from chaos.verbs import targets
+from chaos.verbs import block, network, targets
 from noxs import gueststores, hotplug
 from noxs.abi import ACK_OK, REQUEST_REBOOT
 from noxs.bus import Bus
 from noxs.gueststores import GuestStores
 from noxs.stores import Stores
-from xenctypes.errors import CallFailed, DeviceError, StateError, StepError
+from xenctypes.errors import (
+    CallFailed,
+    ConfigError,
+    DeviceError,
+    PermissionDenied,
+    StateError,
+    StepError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +44,8 @@ if TYPE_CHECKING:
 
 MAC = b"\x00\x16\x3e\x00\x00\x05"
 FRONT, BACK = "/local/domain/5/device/vif/0", "/local/domain/0/backend/vif/5/0"
+DISK_FRONT = "/local/domain/5/device/vbd/51712"
+DISK_BACK = "/local/domain/0/backend/vbd/5/51712"
 CFG = 'name="web"; memory=64; kernel="k"; vcpus=2; vif=["bridge=br7, mtu=1400, untrusted"]'
 
 
@@ -74,17 +85,19 @@ def a_host(bus: Bus, stores: GuestStores, monkeypatch: pytest.MonkeyPatch) -> An
 
 @pytest.fixture
 def xendevd(bus: Bus) -> Iterator[list[str]]:
-    """Plugs the vif as soon as there is one: with the status in the list, and the cause."""
+    """Plugs vif and disk as soon as there is one: with the status in the list, and the cause."""
     says = [hotplug.CONNECTED, ""]
     ended = threading.Event()
 
     def plug() -> None:
         with Bus.connect(bus.path) as own:
-            own.watch(BACK, "t")
+            for path in (BACK, DISK_BACK):
+                own.watch(path, path)
             while not ended.is_set():
-                if own.events(0.1) and own.get(f"{BACK}/{hotplug.STATUS}") == hotplug.PENDING:
-                    own.write(f"{BACK}/{hotplug.ERROR_TEXT}", says[1])
-                    own.write(f"{BACK}/{hotplug.STATUS}", says[0])
+                for path in {token for _, token in own.events(0.1)}:
+                    if own.get(f"{path}/{hotplug.STATUS}") == hotplug.PENDING:
+                        own.write(f"{path}/{hotplug.ERROR_TEXT}", says[1])
+                        own.write(f"{path}/{hotplug.STATUS}", says[0])
 
     thread = threading.Thread(target=plug)
     thread.start()
@@ -247,8 +260,11 @@ def test_what_is_no_key(text: str) -> None:
 
 
 def call(host: Any, names: Registry, verb: str, **arguments: Any) -> Any:
-    args = SimpleNamespace(verb=verb, domain="web", **arguments)
-    return SimpleNamespace(host=host, names=names, args=args)
+    args = SimpleNamespace(verb=verb, domain="web", domains=["web"], json=False, **arguments)
+    said: list[str] = []
+    return SimpleNamespace(
+        host=host, names=names, args=args, peer=None, said=said, print=lambda *t: said.extend(t)
+    )
 
 
 def test_targets_are_written_within_their_bounds(host: Any, tmp_path: Path) -> None:
@@ -287,3 +303,159 @@ def test_targets_are_written_within_their_bounds(host: Any, tmp_path: Path) -> N
         entry.write(asked)
     with pytest.raises(StateError, match="has no store"):
         targets.run(call(host, names, "sysrq", key="s"))
+
+
+@pytest.fixture
+def running(host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stock guest without vifs that runs, as far as anybody can tell."""
+    host.ctrl = xen = Xen()
+    names = Registry(str(tmp_path / "run"))
+    asked = Record(UUID % 5, "web", state=RUNNING, domid=5, store=PRIVATE)
+    asked.config = config.from_document(config.xlcfg.parse("name='web'; kernel='k'", "t"))[
+        0
+    ].as_dict()
+    names.reserve(asked).close()
+    while (domid := xen.create(asked.uuid)) != 5:
+        del xen.domains[domid]
+    host.stores.open(5, asked.uuid, "web")
+    monkeypatch.setattr(vif, "check", lambda _: None)
+    monkeypatch.setattr(vif, "taken_macs", lambda _: set())
+    monkeypatch.setattr(disk, "BLKBACK", str(tmp_path))
+    monkeypatch.setattr(backend, "CLOSE_SECONDS", 0.1)
+    return SimpleNamespace(names=names, uuid=asked.uuid)
+
+
+def test_a_vif_comes_and_goes(host: Any, running: Any, xendevd: list[str]) -> None:
+    names = running.names
+    settings = ["bridge=br7", f"mac={MAC.hex(':')}"]
+    network.run(call(host, names, "network-attach", settings=settings))
+    now = names.read(running.uuid)
+    assert now.macs == [MAC.hex(":")]
+    assert [each.bridge for each in successor(DomainConfig(name="x"), now).vifs] == ["br7"]
+    assert host.stores.read(f"{FRONT}/mac") == MAC.hex(":")
+    assert host.bus.read(f"{BACK}/bridge") == "br7"
+    with pytest.raises(ConfigError, match="two vifs have the MAC"):
+        network.run(call(host, names, "network-attach", settings=[*settings, "devid=1"]))
+    with pytest.raises(StateError, match="has no vif 3"):
+        network.run(call(host, names, "network-detach", vif="3"))
+    host.bus.write(f"{FRONT}/event-channel", "\x1b[2J")  # which may be the guest's own words
+    asked = call(host, names, "network-list")
+    network.run(asked)
+    assert asked.said[1].split() == ["0", "0", MAC.hex(":"), "0", "1", "-1", "-1/-1", BACK]
+    network.run(call(host, names, "network-detach", vif=MAC.hex(":").upper()))
+    now = names.read(running.uuid)
+    assert (now.macs, now.config["vif"]) == ([], [])
+    assert not host.stores.exists(FRONT)
+    assert not host.bus.exists(BACK)
+    assert names.reserve_mac(MAC, "another") == MAC
+
+
+def test_a_vif_that_is_not_plugged_is_not_there(
+    host: Any, running: Any, xendevd: list[str]
+) -> None:
+    xendevd[:] = [hotplug.ERROR, "no bridge br7"]
+    with pytest.raises(DeviceError, match="no bridge br7"):
+        network.run(call(host, running.names, "network-attach", settings=["bridge=br7"]))
+    now = running.names.read(running.uuid)
+    assert (now.macs, now.config["vif"]) == ([], [])
+    assert not os.listdir(f"{running.names.path}/macs")
+    assert not host.stores.exists(FRONT)
+    assert not host.bus.exists(BACK)
+
+
+def test_a_disk_comes_and_goes(
+    host: Any, running: Any, xendevd: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, image = running.names, tmp_path / "image"
+    image.write_bytes(bytes(512))
+    words = [str(image), "raw", "xvda", "w"]
+    asked = call(host, names, "block-attach", settings=words)
+    asked.peer = SimpleNamespace(uid=1000)
+    with pytest.raises(PermissionDenied, match="only root"):
+        block.run(asked)
+    asked.peer = SimpleNamespace(uid=0)
+    block.run(asked)
+    now = names.read(running.uuid)
+    assert [entry["vdev"] for entry in now.disks] == ["xvda"]
+    assert successor(DomainConfig(name="x"), now).disks[0].target == str(image)
+    assert host.stores.read(f"{DISK_FRONT}/virtual-device") == "51712"
+    assert not host.stores.exists(f"{DISK_BACK}/params")
+    assert host.bus.read(f"{DISK_BACK}/params") == str(image)
+    for settings, error, why in (
+        ([f"{image},raw,xvdb,r"], DeviceError, "is a disk of this domain already"),
+        (["/a,raw,xvda,r"], ConfigError, "two disks have the vdev"),
+        (["/a,qcow2,xvdb,r"], ConfigError, "format qcow2 is not supported"),
+        (["/a,raw,xvdb,r"], DeviceError, "/a: No such file"),
+        (["/a", "raw"], ConfigError, "no vdev is given"),
+    ):
+        with pytest.raises(error, match=why):
+            block.run(call(host, names, "block-attach", settings=settings))
+    asked = call(host, names, "block-list")
+    block.run(asked)
+    assert asked.said[1].split() == ["51712", "0", "5", "1", "-1", "-1", DISK_BACK]
+    asked.args.json, asked.print_json = True, asked.said.append
+    block.run(asked)
+    assert asked.said[2][0] == {
+        "domain": "web", "domid": 5, "devid": 51712, "backend": DISK_BACK, "dev": "xvda",
+        "params": str(image), "mode": "w", "frontend-id": "5", "state": 1, "event-channel": None,
+        "ring-ref": None,
+    }  # fmt: skip
+    with pytest.raises(StateError, match="has no disk xvdb"):
+        block.run(call(host, names, "block-detach", vdev="xvdb", force=False))
+    with pytest.raises(StateError, match="does not close disk xvda"):
+        block.run(call(host, names, "block-detach", vdev="xvda", force=False))
+    assert host.bus.read(f"{DISK_BACK}/state") == "5"
+    block.run(call(host, names, "block-detach", vdev="51712", force=True))
+    now = names.read(running.uuid)
+    assert (now.disks, now.config["disk"]) == ([], [])
+    assert not host.stores.exists(DISK_FRONT)
+    assert not host.bus.exists(DISK_BACK)
+
+    xendevd[:] = [hotplug.ERROR, "no loop device"]
+    with pytest.raises(DeviceError, match="no loop device"):
+        block.run(call(host, names, "block-attach", settings=words))
+    now = names.read(running.uuid)
+    assert (now.disks, now.config["disk"]) == ([], [])
+    assert not host.bus.exists(DISK_BACK)
+
+
+def test_one_change_at_a_time_and_only_of_guests_with_a_store(
+    host: Any, running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = running.names
+
+    def refused(why: str) -> None:
+        with pytest.raises(StateError, match=why):
+            network.run(call(host, names, "network-detach", vif="0"))
+
+    with names.entry(running.uuid) as entry:
+        assert entry.lock(wait=True)
+        refused("being changed or destroyed")
+    monkeypatch.setattr(store, "serves", lambda: False)
+    refused("storesd is not running")
+    now = names.read(running.uuid)
+    host.ctrl.domains[5].shutdown = True
+    refused("is dead")
+    with names.entry(running.uuid) as entry:
+        now.store = ""
+        entry.write(now)
+    refused("has no store")
+
+
+def test_a_rename_that_waits_for_a_change_keeps_nobody_from_the_registry(running: Any) -> None:
+    names, order = Registry(running.names.path), []
+
+    def rename() -> None:
+        with Registry(names.path).owning(running.uuid):
+            order.append("renamed")
+
+    with names.entry(running.uuid) as entry:
+        assert entry.lock(wait=True)
+        thread = threading.Thread(target=rename)
+        thread.start()
+        for _ in range(100):
+            with names.locked():
+                pass
+        order.append("changed")
+    thread.join()
+    assert order == ["changed", "renamed"]
