@@ -51,6 +51,8 @@ EVENTS_MAX = 64
 EVENTS_FREE = 8
 """Events of a guest that is not ready yet, after which the next one is heard later and later."""
 EVENT_PAUSE, EVENT_PAUSE_MAX = 0.01, 1.0
+LOOK_SECONDS = 0.5
+"""Between looks for deaths that nothing tells of: a list of all domains each."""
 MTIME_GRAIN = 50_000_000
 """Nanoseconds within which two changes of a directory may leave it the same time."""
 RETRY_SECONDS, RETRY_MAX = 1.0, 60.0
@@ -149,13 +151,20 @@ class Guests:
         except CallFailed as error:
             if error.errno != errno.EEXIST:
                 raise
-            self._watch_the_store()  # xenstored has the interrupt, and passes it on
+            self._watch_the_store()  # xenstored has the interrupt, and passes some of it on
         self._loop.add_reader(evtchn.fd, self._events)
 
     def _watch_the_store(self) -> None:
         bus = self.host.bus
         bus.watch("@releaseDomain", "chaosd")
         self._loop.add_reader(bus.fileno(), self._released)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Look now and then: xenstored passes on the deaths of those that it knows alone."""
+        if self.by_uuid:
+            self.look_soon()
+        self._loop.call_later(LOOK_SECONDS, self._look_again)
 
     def _released(self) -> None:
         with contextlib.suppress(ChaosError):
