@@ -137,6 +137,12 @@ def owned(host: Host, names: Registry, wanted: str) -> tuple[Domain, Record]:
     return domain, domain.record
 
 
+def living(domain: Domain) -> None:
+    """Raise StateError if a domain has shut down."""
+    if domain.info.shutdown or domain.info.dying:
+        raise StateError(f'domain "{domain.name}" is dead', hint="chaos list shows how it ended")
+
+
 def unfinished(record: Record) -> str:
     """What an error says of a domain that is on its way into the world, or out of it."""
     doing = "destroyed" if record.state == registry.ENDING else "created"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from chaos import backend, disk, store, vif
 from chaos.configjson import from_dict
-from chaos.domains import owned
+from chaos.domains import living, owned
 from chaos.registry import RUNNING
 from xenctypes.errors import ChaosError, StateError
 
@@ -91,8 +91,7 @@ def changing(host: Host, names: Registry, wanted: str) -> Iterator[Change]:
             f'domain "{record.name}" has no store, through which it could be given devices',
             hint="noxs guests have those that they are created with",
         )
-    if domain.info.shutdown or domain.info.dying:
-        raise StateError(f'domain "{record.name}" is dead', hint="chaos list shows how it ended")
+    living(domain)
     if record.store == store.PRIVATE and not store.serves():
         raise StateError("storesd is not running, and has the guest's store", hint="start it")
     with names.entry(domain.uuid) as entry:

@@ -7,7 +7,6 @@ import os
 import secrets
 import selectors
 import signal
-import socket
 import struct
 import sys
 import termios
@@ -63,8 +62,7 @@ class Session:
         self._heard = time.monotonic()
         self._selector = selectors.DefaultSelector()
         try:
-            self._socket = self._connect()
-            self._selector.register(self._socket, selectors.EVENT_READ)
+            self._connect()
             self._synchronise(BOOT_SECONDS if booting else HANG_SECONDS)
         except BaseException:
             self.close()
@@ -83,7 +81,7 @@ class Session:
         self._selector.close()
         self._lock.close()
 
-    def _connect(self) -> socket.socket:
+    def _connect(self) -> None:
         while True:
             try:
                 connection = machines.connect(self._machine, self._number)
@@ -93,7 +91,9 @@ class Session:
                 time.sleep(0.02)
             else:
                 connection.setblocking(False)
-                return connection
+                self._socket = connection
+                self._selector.register(connection, selectors.EVENT_READ)
+                return
 
     def _synchronise(self, limit: float) -> None:
         nonce = secrets.token_bytes(NONCE_SIZE)
@@ -112,8 +112,7 @@ class Session:
             if time.monotonic() > patience:
                 self._selector.unregister(self._socket)
                 self._socket.close()
-                self._socket = self._connect()
-                self._selector.register(self._socket, selectors.EVENT_READ)
+                self._connect()
                 self._out[:] = hello
                 patience = time.monotonic() + RECONNECT_SECONDS
 

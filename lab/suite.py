@@ -124,8 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--thorough",
         action="store_true",
-        help="try every step and every round where else a sample is taken: before a release;"
-        " takes twice as long",
+        help="try every step and every round where else a sample is taken: before a release",
     )
     parser.add_argument("-k", metavar="EXPR", help="only tests that match, as pytest has it")
     parser.add_argument("-x", action="store_true", help="each part stops at its first failure")

@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from chaos import backend, disk
+from chaos import disk
 from chaos.diskspec import parse_disk
-from chaos.domains import find
 from chaos.plug import changing
 from chaos.vdev import parse_vdev
+from chaos.verbs import devices
 from xenctypes.errors import PermissionDenied, StateError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WAITS = True
 HEADER = "Vdev  BE  handle state evt-ch ring-ref BE-path"  # xl's
+LINE = "{devid:<5} 0   {frontend-id:<6} {state:<5} {event-channel:<6} {ring-ref:<8} {backend}"
 BACK = ("dev", "params", "mode", "frontend-id")
 FRONT = ("state", "event-channel", "ring-ref")
 
@@ -29,8 +30,7 @@ FRONT = ("state", "event-channel", "ring-ref")
 def configure(parser: ArgumentParser, name: str) -> None:
     """Add the options."""
     if name == "block-list":
-        parser.add_argument("domains", metavar="DOMAIN", nargs="+", help="name, domid or UUID")
-        parser.add_argument("--json", action="store_true", help="print as JSON")
+        devices.configure_list(parser)
         return
     parser.add_argument("domain", metavar="DOMAIN", help="name, domid or UUID")
     if name == "block-attach":
@@ -47,7 +47,8 @@ def configure(parser: ArgumentParser, name: str) -> None:
 def run(call: Invocation) -> int:
     """List, attach or detach."""
     if call.args.verb == "block-list":
-        return _list(call)
+        devices.print_list(call, disk.KIND, BACK, FRONT, HEADER, LINE)
+        return 0
     attach = call.args.verb == "block-attach"
     if attach and call.peer is not None and call.peer.uid:
         raise PermissionDenied(
@@ -58,25 +59,6 @@ def run(call: Invocation) -> int:
             _attach(call, change)
         else:
             _detach(call, change)
-    return 0
-
-
-def _list(call: Invocation) -> int:
-    found = []
-    for wanted in call.args.domains:
-        domain = find(call.host, call.names, wanted)
-        rows = backend.rows(call.host.bus, domain.domid, disk.KIND, BACK, FRONT)
-        found += [{"domain": domain.name, "domid": domain.domid} | row for row in rows]
-    if call.args.json:
-        call.print_json(found)
-        return 0
-    call.print(HEADER)
-    for row in found:
-        shown = {key: -1 if value is None else value for key, value in row.items()}
-        call.print(
-            "{devid:<5} 0   {frontend-id:<6} {state:<5} {event-channel:<6} {ring-ref:<8} "
-            "{backend}".format_map(shown)
-        )
     return 0
 
 

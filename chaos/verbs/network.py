@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from chaos import backend, vif
-from chaos.domains import find
+from chaos import vif
 from chaos.domconfig import VIFS_MAX
 from chaos.netspec import parse_mac
 from chaos.plug import changing
+from chaos.verbs import devices
 from chaos.vifspec import parse_vif
 from xenctypes.errors import ConfigError, StateError
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 WAITS = True
 HEADER = "Idx BE Mac Addr.         handle state evt-ch   tx-/rx-ring-ref BE-path"  # xl's
+LINE = (
+    "{devid:<3} 0  {mac:<17} {handle:>6} {state:>5} {event-channel:>6} "
+    "{tx-ring-ref:>5}/{rx-ring-ref:<11} {backend}"
+)
 BACK = ("mac", "handle", "bridge")
 FRONT = ("state", "event-channel", "tx-ring-ref", "rx-ring-ref")
 
@@ -31,8 +35,7 @@ FRONT = ("state", "event-channel", "tx-ring-ref", "rx-ring-ref")
 def configure(parser: ArgumentParser, name: str) -> None:
     """Add the options."""
     if name == "network-list":
-        parser.add_argument("domains", metavar="DOMAIN", nargs="+", help="name, domid or UUID")
-        parser.add_argument("--json", action="store_true", help="print as JSON")
+        devices.configure_list(parser)
         return
     parser.add_argument("domain", metavar="DOMAIN", help="name, domid or UUID")
     if name == "network-attach":
@@ -46,31 +49,13 @@ def configure(parser: ArgumentParser, name: str) -> None:
 def run(call: Invocation) -> int:
     """List, attach or detach."""
     if call.args.verb == "network-list":
-        return _list(call)
+        devices.print_list(call, vif.KIND, BACK, FRONT, HEADER, LINE)
+        return 0
     with changing(call.host, call.names, call.args.domain) as change:
         if call.args.verb == "network-attach":
             _attach(call, change)
         else:
             _detach(call, change)
-    return 0
-
-
-def _list(call: Invocation) -> int:
-    found = []
-    for wanted in call.args.domains:
-        domain = find(call.host, call.names, wanted)
-        rows = backend.rows(call.host.bus, domain.domid, vif.KIND, BACK, FRONT)
-        found += [{"domain": domain.name, "domid": domain.domid} | row for row in rows]
-    if call.args.json:
-        call.print_json(found)
-        return 0
-    call.print(HEADER)
-    for row in found:
-        shown = {key: -1 if value is None else value for key, value in row.items()}
-        call.print(
-            "{devid:<3} 0  {mac:<17} {handle:>6} {state:>5} {event-channel:>6} "
-            "{tx-ring-ref:>5}/{rx-ring-ref:<11} {backend}".format_map(shown)
-        )
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from chaos import store
 from chaos.create import SLACK_KIB
-from chaos.domains import owned
+from chaos.domains import living, owned
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def run(call: Invocation) -> int:
             f'domain "{record.name}" has no store, through which it could be told',
             hint="guests that do not speak noxs have one, where storesd or xenstored runs",
         )
-    if domain.info.shutdown or domain.info.dying:
-        raise StateError(f'domain "{record.name}" is dead', hint="chaos list shows how it ended")
+    living(domain)
     if args.verb == "mem-set":
         _check_memory(record, args.memory)
         call.host.ctrl.domain_setmaxmem(record.domid, args.memory + SLACK_KIB)

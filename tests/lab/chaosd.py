@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from waiting import wait_for
+
 from chaos.client import Chaos
 from chaos.registry import Registry
 from noxs.pageview import decode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from chaos.host import Host
 
@@ -57,7 +59,7 @@ class Chaosd:
                 self.process = subprocess.Popen(
                     [*command, "--config", str(SETTINGS)], stderr=log, env=environment
                 )
-            until(partial(self._ready, manager), "chaosd does not start")
+            wait_for(partial(self._ready, manager), "chaosd does not start")
 
     def _ready(self, manager: socket.socket) -> bool:
         assert self.process.poll() is None, LOG.read_text()
@@ -99,15 +101,6 @@ def running(settings: str = "", code: str = "") -> Iterator[Chaosd]:
             with Chaos() as chaos:
                 chaos.call("destroy", all=True)
             daemon.stop()
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait until a condition holds that no event tells of; its value."""
-    deadline = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        assert time.monotonic() < deadline, what
-        os.sched_yield()
-    return value
 
 
 def filled(chaos: Chaos, name: str | None = None) -> list[dict[str, Any]]:

@@ -28,10 +28,10 @@ from daemons import (
     serves,
     start,
     stop_xendevd,
-    wait_for,
 )
 from guest import making
 from sampling import MARK, sample
+from waiting import wait_for
 
 from chaos.host import Host
 from chaos.registry import Registry
@@ -96,6 +96,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Show what failed at once: if the lab breaks down, there is no summary."""
+    if report.failed:
+        print(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext}", flush=True)  # noqa: T201 -- it is what the reader sees
 
 
 def pytest_report_header() -> str:

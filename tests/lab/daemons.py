@@ -8,10 +8,11 @@ import signal
 import socket
 import struct
 import subprocess
-import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from waiting import wait_for
 
 from noxs import gueststores, hotplug
 from noxs.bus import Bus
@@ -20,20 +21,11 @@ from noxs.gueststores import GuestStores
 from xenctypes.errors import BusError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 PATIENCE = 60.0
 NOXSD_SOCKET = "/run/noxs/socket"
 CREDENTIALS = struct.Struct("iII")
-
-
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-    """Wait until ``condition`` holds; its value."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, what
-        os.sched_yield()
-    return value
 
 
 def start(*command: str) -> subprocess.Popen[bytes]:

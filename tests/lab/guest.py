@@ -12,6 +12,8 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
+from waiting import wait_for
+
 from chaos import config as configuration
 from chaos.builder import Builder
 from chaos.create import UNPAUSED_STEPS, Creation, wait_ready
@@ -28,14 +30,6 @@ if TYPE_CHECKING:
 PATIENCE = 60.0
 SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_CRASH = 0, 1, 3
 DAYTIME = re.compile(rb"\w+, \w+ \d+, \d{4} \d\d:\d\d:\d\d-UTC\r\n")
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        assert time.monotonic() < deadline, what
-        os.sched_yield()
-    return value
 
 
 class Guest:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from command import chaos
-from daemons import end, ensure_bus, start, wait_for
+from daemons import end, ensure_bus, start
+from waiting import POLL, wait_for
 
 from chaos import config as configuration
 from chaos import frames
@@ -116,7 +117,7 @@ def tell() -> Iterator[Callable[..., Any]]:
         deadline = time.monotonic() + PATIENCE
         while {info.domid for info in host.ctrl.domain_list()} - before:
             assert time.monotonic() < deadline, "a domain does not go"
-            os.sched_yield()
+            time.sleep(POLL)
 
 
 async def holds(condition: Callable[[], object], what: str) -> None:
@@ -127,7 +128,7 @@ async def holds(condition: Callable[[], object], what: str) -> None:
         await asyncio.sleep(0.01)
 
 
-async def until(attachment: Attachment, text: bytes) -> bytes:
+async def hear(attachment: Attachment, text: bytes) -> bytes:
     said = b""
     while text not in said:
         part = await asyncio.wait_for(attachment.read(), PATIENCE)
@@ -148,9 +149,9 @@ def test_what_is_said_is_logged_and_what_is_typed_arrives(tell: Callable[..., An
         for sender in (first, second):
             text = os.urandom(2000).hex().encode()  # more than the ring holds
             await sender.send(text)
-            heard = b"".join([await until(first, text[-8:])])
+            heard = b"".join([await hear(first, text[-8:])])
             assert heard == text
-            assert await until(second, text[-8:]) == text
+            assert await hear(second, text[-8:]) == text
         assert log(hello).endswith(text)
 
     tell(story)
@@ -169,7 +170,7 @@ def test_a_flooding_guest_costs_a_bounded_share(tell: Callable[..., Any], manner
         while time.monotonic() - wall < 4:
             asked = time.monotonic()
             await attachment.send(b"%d;" % len(delays))
-            await until(attachment, b"%d;" % len(delays))
+            await hear(attachment, b"%d;" % len(delays))
             delays.append(time.monotonic() - asked)
             await asyncio.sleep(0.2)
         share = (guests.hub.spent - cpu) / (time.monotonic() - wall)

@@ -21,6 +21,7 @@ import pytest
 from command import chaos
 from sampling import sampled
 from stock import initramfs
+from waiting import POLL
 
 from chaos import config as configuration
 from chaos.builder import Builder
@@ -68,7 +69,7 @@ class Footprint:
         deadline = time.monotonic() + 20
         while any(info.dying for info in host.ctrl.domain_list()):  # of the test before
             assert time.monotonic() < deadline, host.ctrl.domain_list()
-            os.sched_yield()
+            time.sleep(POLL)
         self.before = self.measure()
 
     def measure(self) -> dict[str, int]:
@@ -95,7 +96,7 @@ class Footprint:
             if (value < self.before[key] if key == "free pages" else value > self.before[key])
         }:
             assert time.monotonic() < deadline, left
-            os.sched_yield()
+            time.sleep(POLL)
 
 
 @pytest.fixture(scope="module")

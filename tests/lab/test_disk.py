@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from chaosd import GUESTS, running
 from command import chaos
-from daemons import ensure_bus, ensure_xendevd, wait_for
+from daemons import ensure_bus, ensure_xendevd
 from test_create import Footprint
+from waiting import wait_for
 
 from chaos.client import Chaos
 from chaos.host import Host

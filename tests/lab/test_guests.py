@@ -25,8 +25,8 @@ from guest import (
     ready,
     vif,
     vifs,
-    wait_for,
 )
+from waiting import wait_for
 
 from chaos.vif import PAGES
 from noxs import abi, hotplug

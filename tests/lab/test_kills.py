@@ -19,8 +19,9 @@ from uuid import uuid4
 
 import pytest
 from chaosd import DAYTIME, GUESTS, HELLO, NONE, Chaosd, create, filled, running
-from daemons import PATIENCE, noxsd_pid, serves, start, wait_for, xendevd_pid
+from daemons import PATIENCE, noxsd_pid, serves, start, xendevd_pid
 from test_vif import Traces, ping, vif
+from waiting import wait_for
 
 from chaos.client import Chaos
 from chaos.create import IMAGE_STEPS, SHELL_STEPS

@@ -14,18 +14,18 @@ import socket
 import struct
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from waiting import wait_for
 
 from noxs import wire
 from noxs.bus import SOCKETS, Bus
 from xenctypes.errors import BusError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 PATIENCE = 60.0
 SOCKET = "/run/noxs/socket"
@@ -72,7 +72,7 @@ class Noxsd:
         try:
             os.waitpid(pid, 0)
         except ChildProcessError:
-            wait(lambda: not alive(process), "noxsd does not die")
+            wait_for(lambda: not alive(process), "noxsd does not die")
         os.close(process)
 
     def restart(self) -> None:
@@ -86,13 +86,6 @@ def alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def wait(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        os.sched_yield()
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +156,14 @@ class Vif:
 
     def appear(self) -> None:
         self.bus.wait_for(f"{self.back}/state", lambda state: state == "2", PATIENCE)
-        wait(self.device.exists, f"{self.device} does not appear")
+        wait_for(self.device.exists, f"{self.device} does not appear")
 
     def vanish(self) -> None:
         self.bus.write(f"{self.back}/online", 0)
         self.bus.write(f"{self.front}/state", 6)
         self.bus.write(f"{self.back}/state", 5)
         self.bus.rm_many([self.front, self.back])
-        wait(lambda: not self.device.exists(), f"{self.device} stays")
+        wait_for(lambda: not self.device.exists(), f"{self.device} stays")
 
 
 def test_netback_is_served(noxsd: Noxsd, bus: Bus) -> None:
@@ -301,7 +294,7 @@ def test_a_full_file_system_refuses_changes_and_nothing_else(tmp_path: Path) -> 
     command = ["noxsd", "--socket-only", "--socket", path, "--state", str(state), "--user", ""]
     process = subprocess.Popen(command)
     try:
-        wait(lambda: Path(path).exists(), "noxsd does not start")
+        wait_for(lambda: Path(path).exists(), "noxsd does not start")
         with Bus.connect(path) as bus:
             pairs = [(f"/full/{number}", "x" * 3000) for number in range(300)]
             with pytest.raises(BusError, match="ENOSPC"):
@@ -486,7 +479,7 @@ def test_noxsd_answers_as_xenstored_does(tmp_path: Path, thorough: bool) -> None
     command = ["noxsd", "--socket-only", "--socket", path, "--state", "", "--user", ""]
     with subprocess.Popen(command) as process:
         try:
-            wait(lambda: Path(path).exists(), "noxsd does not start")
+            wait_for(lambda: Path(path).exists(), "noxsd does not start")
             theirs = next(path for path in SOCKETS[1:] if Path(path).exists())
             for seed in range(60 if thorough else 12):
                 script = conversation(seed)

@@ -28,10 +28,10 @@ from chaosd import (
     page_of,
     running,
     served,
-    until,
 )
 from daemons import ensure_bus, ensure_xendevd
 from test_vif import ping, vif
+from waiting import wait_for
 
 from chaos import frames
 from chaos.client import Chaos
@@ -191,7 +191,7 @@ def check_combination(host: Host, chaos: Chaos, number: int, row: dict[str, Any]
     assert not row["mac"] or given == macs, row
 
     last = f"line {row['lines']}\r\n"
-    until(lambda: chaos.logs(f"n{number}").endswith(last.encode()), f"{row}: it does not boot")
+    wait_for(lambda: chaos.logs(f"n{number}").endswith(last.encode()), f"{row}: it does not boot")
     text = chaos.logs(f"n{number}").decode()
     assert f"line {row['lines'] + 1}" not in text, text
     seen = re.search(r"name=(\S+) domid=(\d+) uuid=(\S+) .* metadata=(\d+) memory=(\d+)", text)
@@ -316,7 +316,7 @@ def test_whoever_talks_nonsense_is_told_and_closed(daemon: Chaosd, chaos: Chaos)
             with contextlib.suppress(OSError):
                 socket.send_fds(sock, [b"\x00"], [0, 1, 2, 0])
     chaos.call("version")
-    until(lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) == fds, "descriptors stay behind")
+    wait_for(lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) == fds, "descriptors stay behind")
     # One that asks and never reads is cut off; others do not notice.
     deaf = socket.socket(socket.AF_UNIX)
     deaf.connect(SOCKET)
@@ -429,7 +429,7 @@ def test_commands_through_the_daemon(chaos: Chaos, warm: None) -> None:
     assert [(f["ready"], f["size"]) for f in json.loads(run.stdout)] == [(5, 5)]
     # Ctrl-C while it waits: the client ends with the verb's status.
     waiting = subprocess.Popen(["chaos", "wait", "--dead", "fw-1"], cwd="/src")
-    until(lambda: fds_of(waiting.pid), "the client does not connect")
+    wait_for(lambda: fds_of(waiting.pid), "the client does not connect")
     waiting.send_signal(signal.SIGINT)
     assert waiting.wait(30) == 130
     assert command("destroy", "--all").returncode == 0
@@ -496,6 +496,6 @@ def test_xl_knows_guests_from_the_pool(chaos: Chaos, warm: None) -> None:
     filled(chaos)
     create(chaos, "plain", wait_ready=30)
     create(chaos, "net", DAYTIME, vif(77), wait_ready=30)
-    until(lambda: {"plain", "net"} <= set(listed().split()), "xl does not know the names")
+    wait_for(lambda: {"plain", "net"} <= set(listed().split()), "xl does not know the names")
     chaos.call("destroy", domains=["plain"])
     assert "plain" not in listed()

@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from daemons import wait_for
+from waiting import wait_for
 
 from chaos.domains import find, shutdown_name
 from chaos.host import Host

@@ -25,10 +25,10 @@ from daemons import (
     stop_storesd,
     storesd_pid,
     storesd_serves,
-    wait_for,
 )
 from stock import BLOCK, EXT4, NET, initramfs, unpacked
 from test_create import Footprint
+from waiting import wait_for
 
 from chaos import config as configuration
 from chaos import store

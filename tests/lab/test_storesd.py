@@ -23,8 +23,8 @@ from daemons import (
     start,
     storesd_pid,
     storesd_serves,
-    wait_for,
 )
+from waiting import wait_for
 
 from chaos import config as configuration
 from chaos.builder import Builder

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from daemons import end, wait_for
+from daemons import end
+from waiting import wait_for
 
 from chaos import frames
 from noxs import hotplug

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from command import chaos
-from daemons import end, ensure_xendevd, wait_for, xendevd_pid
+from daemons import end, ensure_xendevd, xendevd_pid
 from sampling import sampled
+from waiting import POLL, wait_for
 
 from chaos import config as configuration
 from chaos import vif as vifs
@@ -97,7 +98,7 @@ class Traces:
             key: value for key, value in self.measure().items() if value != self.before[key]
         }:
             assert time.monotonic() < deadline, left
-            os.sched_yield()
+            time.sleep(POLL)
 
 
 def _name(path: Path) -> str:

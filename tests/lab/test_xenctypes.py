@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from waiting import POLL
 
 from xenctypes import ctrl, pages, public, releases
 from xenctypes.call import Xencall
@@ -66,6 +68,7 @@ class Host:
         self.xenctrl.close()
 
     def footprint(self) -> dict[str, int]:
+        gc.collect()  # what an earlier test dropped is not to be closed between two countings
         return {
             "domains": len(self.xenctrl.domain_list()),
             "free pages": self.xenctrl.physinfo().free_pages,
@@ -90,7 +93,6 @@ SLACK = 4
 
 def settled(host: Host, before: dict[str, int]) -> None:
     """Xen frees a domain's last pages after a grace period, so wait for the balance."""
-    gc.collect()
     deadline = time.monotonic() + 30
     while True:
         after = host.footprint()
@@ -98,16 +100,15 @@ def settled(host: Host, before: dict[str, int]) -> None:
         if after | {"free pages": 0} == before | {"free pages": 0} and lost <= SLACK:
             return
         assert time.monotonic() < deadline, f"{before} became {after}"
-        os.sched_yield()
+        time.sleep(POLL)
 
 
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    watcher = Host()
-    before = watcher.footprint()
-    yield
-    settled(watcher, before)
-    watcher.close()
+    with contextlib.closing(Host()) as watcher:
+        before = watcher.footprint()
+        yield
+        settled(watcher, before)
 
 
 @pytest.fixture

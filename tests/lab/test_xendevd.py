@@ -10,30 +10,23 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
 from daemons import ensure_bus, stop_xendevd
+from waiting import wait_for
 
 from noxs import blockdev, hotplug
 from noxs.bus import Bus
 from xendevd.netlink import Link, Rtnetlink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 PATIENCE = 60.0
 VERDICTS = {hotplug.CONNECTED, hotplug.ERROR}
-
-
-def wait(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        os.sched_yield()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +49,7 @@ class Xendevd:
     def start(self) -> None:
         stop_xendevd()
         self.process = subprocess.Popen(["xendevd"])
-        wait(hotplug.running, "xendevd does not start")
+        wait_for(hotplug.running, "xendevd does not start")
 
     def stop(self, with_signal: int = signal.SIGTERM) -> int:
         assert self.process is not None
@@ -139,7 +132,7 @@ class Xendevd:
         self.bus.rm_many(paths)
         self.made = [path for path in self.made if path not in paths]
         devices = [Path(f"/sys/devices/{device(path)}") for path in paths]
-        wait(lambda: not any(map(Path.exists, devices)), "netback keeps its device")
+        wait_for(lambda: not any(map(Path.exists, devices)), "netback keeps its device")
         for parent in {path.rpartition("/")[0] for path in paths}:
             self.bus.rm_many([parent, f"/local/domain/{parent.rpartition('/')[2]}"])
 
@@ -266,7 +259,7 @@ def test_no_process_is_created_in_100_plugs(forks: Forks, daemon: Xendevd) -> No
     daemon.process.send_signal(signal.SIGSTOP)
     paths = daemon.vifs([(1000 + n, 0, {}) for n in range(100)])
     names = ["vif{1}.{2}".format(*path.rsplit("/", 2)) for path in paths]
-    wait(lambda: all(map(daemon.route.link, names)), "netback is slow")
+    wait_for(lambda: all(map(daemon.route.link, names)), "netback is slow")
     forks.clear()
     daemon.process.send_signal(signal.SIGCONT)
     assert [daemon.verdict(path) for path in paths] == [""] * 100
@@ -280,7 +273,7 @@ def test_it_catches_up_after_a_crash(daemon: Xendevd) -> None:
     daemon.stop(signal.SIGKILL)
     assert not hotplug.running()
     missed = daemon.vifs([(910 + n, 0, {}) for n in range(20)])
-    wait(lambda: daemon.route.link("vif929.0"), "netback is slow")
+    wait_for(lambda: daemon.route.link("vif929.0"), "netback is slow")
     daemon.start()
     assert [daemon.verdict(path) for path in [first, *missed]] == [""] * 21
     assert daemon.stop() == 0
@@ -308,7 +301,7 @@ def loops() -> dict[str, str]:
 def opened(path: str) -> str:
     """The numbers of what blkback has open for a disk, once it has."""
     attribute = Path(f"/sys/devices/{device(path)}/physical_device")
-    wait(attribute.exists, "blkback does not open the device")
+    wait_for(attribute.exists, "blkback does not open the device")
     return attribute.read_text().strip()
 
 
@@ -357,7 +350,7 @@ def disks_come_and_go(daemon: Xendevd, forks: Forks, tmp_path: Path) -> None:
     assert daemon.bus.read(f"{first}/physical-device") == f"7:{name.removeprefix('loop')}"
     assert sorted(loops().values()) == sorted([*before.values(), str(image), *[str(other)] * 2])
     daemon.remove(*daemon.made)
-    wait(lambda: loops() == before, f"a loop device stays: {loops()}")
+    wait_for(lambda: loops() == before, f"a loop device stays: {loops()}")
 
 
 @pytest.mark.anyhost
@@ -396,7 +389,7 @@ def vsctl(*words: str) -> str:
 
 def test_open_vswitch(daemon: Xendevd, openvswitch: str) -> None:
     vsctl("set", "interface", openvswitch, "mtu_request=1400")
-    wait(lambda: daemon.link(openvswitch).mtu == 1400, "the bridge keeps its MTU")
+    wait_for(lambda: daemon.link(openvswitch).mtu == 1400, "the bridge keeps its MTU")
     plain = daemon.vif(901, bridge=openvswitch)
     tagged = daemon.vif(902, bridge="ovs0.100", script="vif-xendevd-openvswitch")
     trunk = daemon.vif(903, bridge="ovs0:20:30", vifname="trunk0")
@@ -410,12 +403,12 @@ def test_open_vswitch(daemon: Xendevd, openvswitch: str) -> None:
     assert daemon.link("vif901.0").up
     assert daemon.link("vif901.0").mtu == 1400
     daemon.remove(plain)
-    wait(lambda: "vif901.0" not in vsctl("list-ports", "ovs0"), "the port stays")
+    wait_for(lambda: "vif901.0" not in vsctl("list-ports", "ovs0"), "the port stays")
     # A port whose vif went while nobody listened goes with the next start.
     daemon.stop(signal.SIGKILL)
     daemon.remove(tagged)
     daemon.start()
-    wait(lambda: "vif902.0" not in vsctl("list-ports", "ovs0"), "the stale port stays")
+    wait_for(lambda: "vif902.0" not in vsctl("list-ports", "ovs0"), "the stale port stays")
     assert vsctl("list-ports", "ovs0") == "trunk0"
 
 
