@@ -209,7 +209,8 @@ def _refuse_shared(
     config: DiskConfig, target: Target, others: Iterable[tuple[str, dict[str, Any]]]
 ) -> None:
     for owner, disk in others:
-        if disk["blocks"] == target.blocks and (config.writable or disk["writable"]):
+        shared = blockdev.overlap(disk["blocks"], target.blocks)
+        if shared and (config.writable or disk["writable"]):
             raise _error(
                 config,
                 f"is a disk of {owner} already",

@@ -125,10 +125,15 @@ def open_store(tenancy: Tenancy) -> None:
 
 
 def _build_nodes(domid: int, config: DomainConfig) -> list[tuple[str, Value]]:
-    """What the guest reads of its memory and vCPUs; as libxl__build_post() has it."""
+    """What the guest reads of its memory and vCPUs; as libxl__build_post() has it.
+
+    Linux takes static-max for the size of a PVH guest's memory map (watch_target() in its
+    drivers/xen/xen-balloon.c), which with us ends at ``memory``; libxl's ends at maxmem.
+    """
     base = f"/local/domain/{domid}"
+    static_max = config.memory if config.type == "pvh" else config.maxmem
     return [
-        (f"{base}/memory/static-max", config.maxmem * 1024),
+        (f"{base}/memory/static-max", static_max * 1024),
         (f"{base}/memory/target", config.memory * 1024),
         *(
             (f"{base}/cpu/{n}/availability", "online" if n < config.vcpus else "offline")

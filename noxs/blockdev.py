@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CONTROL = "/dev/loop-control"
 SYSFS = "/sys/block"
+SYSFS_DEV = "/sys/dev/block"
 MAJOR = 7  # LOOP_MAJOR of linux/major.h
 LOOP_CLR_FD, LOOP_GET_STATUS64, LOOP_CONFIGURE, LOOP_CTL_GET_FREE = 0x4C01, 0x4C05, 0x4C0A, 0x4C82
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR, LO_FLAGS_DIRECT_IO = 1, 4, 16
@@ -75,6 +76,28 @@ def device_identity(major: int, minor: int) -> str:
     """A block device; of a bound loop device what is behind it."""
     loop = look(minor) if major == MAJOR else None
     return f"device:{major:x}:{minor:x}" if loop is None else loop.identity
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two identities share blocks: they are the same, or a partition and its disk."""
+    return one == other or _whole(one) == other or one == _whole(other)
+
+
+def _whole(identity: str) -> str:
+    """The disk that a partition is part of; of everything else itself."""
+    kind, _, number = identity.partition(":")
+    if kind != "device":
+        return identity
+    major, _, minor = number.partition(":")
+    directory = f"{SYSFS_DEV}/{int(major, 16)}:{int(minor, 16)}"
+    if not os.path.exists(f"{directory}/partition"):
+        return identity
+    try:
+        with open(f"{directory}/../dev", encoding="ascii") as file:
+            parent = file.read().split(":")
+    except OSError:
+        return identity  # it is going
+    return device_identity(int(parent[0]), int(parent[1]))
 
 
 def identity(status: os.stat_result) -> str:

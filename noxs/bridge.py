@@ -154,6 +154,10 @@ class Bridge:
             bus.watch(links[key].back, _token(key))
             self._watched[key] = links[key]
 
+    def _linked(self, key: Key, link: Link) -> bool:
+        with self._lock:
+            return self._links.get(key) is link
+
     def _next(self) -> tuple[Key, Link, Changes] | None:
         with self._lock:
             while self._todo:
@@ -168,8 +172,9 @@ class Bridge:
         pairs = {decode(name): changes[name] for name in in_order([*changes])}
 
         def write(tx: Transaction) -> None:
-            # What the toolstack has not made, or has removed, must not be made here.
-            if tx.get(f"{link.front}/backend") != link.back:
+            # What the toolstack has not made, or has removed, must not be made here; nor does a
+            # guest have a say in a device that is being taken from it.
+            if tx.get(f"{link.front}/backend") != link.back or not self._linked(key, link):
                 return
             paths = [f"{link.front}/{name}" for name in pairs]
             there = tx.read_many(paths)

@@ -14,7 +14,7 @@ from collections import deque
 from struct import Struct
 
 from noxs import wire
-from noxs.requests import handle
+from noxs.requests import WITHOUT_TRANSACTION, handle, refuse
 from noxs.ring import ERROR_COMM, ERROR_PROTO, ERROR_RINGIDX, SIZE, Ring, RingError
 from noxs.snapshot import KERNEL
 from noxs.store import Connection
@@ -36,20 +36,32 @@ RECORD = Struct("<BII")
 which the guest's requests were taken and the replies published when it was written."""
 FROM_GUEST, RESET, FROM_TOOL = 1, 2, 3
 
+GROWING = frozenset({wire.WRITE, wire.MKDIR, wire.SET_PERMS, wire.WATCH, wire.TRANSACTION_START})
+"""Requests that make a store keep more; so do those in a transaction, which keeps what it reads."""
+RELEASING = WITHOUT_TRANSACTION | {wire.TRANSACTION_END}
 EVENTS_MAX = 1 << 18
 """Bytes of events that wait for a guest; what comes when there are more is lost."""
 _U32 = 0xFFFFFFFF
 
 
-class GuestConnection(Connection):
-    """A guest. ``waiting`` are the events that it has not been sent, ``size`` their bytes."""
+def _grows(message: wire.Message) -> bool:
+    op, _, tx_id, _ = message
+    return op in GROWING or (tx_id != 0 and op not in RELEASING)
 
-    __slots__ = ("size", "waiting")
+
+class GuestConnection(Connection):
+    """A guest. ``waiting`` are the events that it has not been sent, ``size`` their bytes.
+
+    ``sated``: it makes us keep as much as it may, and gets ENOMEM for requests that add to that.
+    """
+
+    __slots__ = ("sated", "size", "waiting")
 
     def __init__(self, domid: int, quota: Quota | None = None) -> None:
         super().__init__(KERNEL, domid, privileged=False, quota=quota)
         self.waiting: set[bytes] = set()
         self.size = 0
+        self.sated = False
 
     def push(self, event: bytes) -> None:
         """See Connection."""
@@ -220,7 +232,10 @@ class GuestRing(XenBus):
 
     def _take(self, data: bytes) -> None:
         for message in self.decoder.feed(data):
-            handle(self.store, self.conn, message)
+            if self.conn.sated and _grows(message):
+                refuse(self.store, self.conn, message, b"ENOMEM")
+            else:
+                handle(self.store, self.conn, message)
             self.handled += 1
 
     def _published(self, count: int) -> None:

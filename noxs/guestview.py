@@ -210,11 +210,23 @@ class Guest:
                 "ring": self.ring.state() if self.ring else None,
             }
             self.journal.replace(snapshot.dump(self.store, extra))
+            self._weigh()
+
+    def _weigh(self) -> None:
+        """Judge by the snapshot, which holds all that the guest makes us keep, and by it alone.
+
+        A replay of the log must come to the same replies.
+        """
+        if self.journal is not None:
+            self.conn.sated = self.journal.base > self.conn.quota.memory
 
     def compact(self) -> None:
         """Replace the journal by a snapshot when its log has grown long."""
         journal = self.journal
-        if journal is not None and journal.length > max(COMPACT_AFTER, journal.base):
+        if journal is None:
+            return
+        sated = self.conn.sated
+        if journal.length > (COMPACT_AFTER if sated else max(COMPACT_AFTER, journal.base)):
             self.save()
 
     def restore(
@@ -227,6 +239,7 @@ class Guest:
         extra = data["extra"]
         made = {KERNEL: self.conn}
         snapshot.fill(self.store, data, lambda ident: made.get(ident) or Connection(ident))
+        self._weigh()
         self.store.connect(self.tool)
         self.store.connect(self.eye)
         for kind, devid in extra["devices"]:

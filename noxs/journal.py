@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MAGIC = b"noxs"
 VERSION = 1
+NEW = ".new"
+"""Behind the name of a snapshot that is being written."""
 _FRAME = struct.Struct("<II")
 _HEAD = struct.Struct("<4sII")
 
@@ -80,10 +82,8 @@ class Journal:
     def rotate(self, state: Callable[[], bytes]) -> int:
         """Start the next log; a child process writes ``state()`` as its snapshot: its pid."""
         assert not self.child
-        number = self.number + 1
-        before = self._fd
-        self._open_log(number, 0)
-        os.close(before)
+        self._next_log()
+        number = self.number
         self.child = os.fork()
         if not self.child:
             try:
@@ -107,11 +107,14 @@ class Journal:
         return True
 
     def replace(self, state: bytes) -> None:
-        """Make ``state`` the only snapshot, with an empty log."""
+        """Make ``state`` the only snapshot, with an empty log.
+
+        OSError: the journal is as it was, or has an empty log more.
+        """
         if self.child:
             self.settle()
-        self.close()
-        self._open_log(self.number + 1, 0)
+        if self._fd < 0 or self.length:
+            self._next_log()
         self._write_snapshot(self.number, state)
         self.base = len(state)
         self._clean(self.number)
@@ -129,10 +132,21 @@ class Journal:
         names = [n.removeprefix(prefix) for n in os.listdir(self.directory) if n.startswith(prefix)]
         return [int(name) for name in names if name.isdigit()]
 
+    def _next_log(self) -> None:
+        before = self._fd
+        self._open_log(self.number + 1, 0)
+        if before >= 0:
+            os.close(before)
+
     def _open_log(self, number: int, length: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(self._path("log", number), flags, 0o600)
-        os.ftruncate(self._fd, length)
+        fd = os.open(self._path("log", number), flags, 0o600)
+        try:
+            os.ftruncate(fd, length)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
         self.number = number
         self.length = length
 
@@ -151,12 +165,16 @@ class Journal:
     def _write_snapshot(self, number: int, state: bytes) -> None:
         path = self._path("snapshot", number)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path + ".new", flags, 0o600)
-        with open(fd, "wb", buffering=0) as file:
-            data = memoryview(_HEAD.pack(MAGIC, VERSION, crc32(state)) + state)
-            while data:
-                data = data[file.write(data) :]
-        os.rename(path + ".new", path)
+        fd = os.open(path + NEW, flags, 0o600)
+        try:
+            with open(fd, "wb", buffering=0) as file:
+                data = memoryview(_HEAD.pack(MAGIC, VERSION, crc32(state)) + state)
+                while data:
+                    data = data[file.write(data) :]
+            os.rename(path + NEW, path)
+        except OSError:
+            os.unlink(path + NEW)  # its room is what others lack
+            raise
 
     def _read_log(self, number: int, records: list[bytes], *, last: bool) -> int:
         """Append the log's records; the offset behind the last good one."""
@@ -176,7 +194,10 @@ class Journal:
         return offset
 
     def _clean(self, number: int) -> None:
-        """Delete what lies before a complete snapshot."""
+        """Delete what lies before a complete snapshot, and what a killed writer left."""
+        for name in os.listdir(self.directory):
+            if name.startswith("snapshot.") and name.endswith(NEW):
+                os.unlink(f"{self.directory}/{name}")
         for kind in ("snapshot", "log"):
             for old in self._numbers(kind + "."):
                 if old < number:

@@ -54,6 +54,13 @@ def handle(store: Store, conn: Connection, message: wire.Message) -> None:
         store.emit(watch, watch.path)
 
 
+def refuse(store: Store, conn: Connection, message: wire.Message, name: bytes) -> None:
+    """Answer a request with an error, and do nothing."""
+    _, req_id, tx_id, _ = message
+    store.touched.add(conn)
+    conn.out.append(HEADER.pack(ERROR, req_id, tx_id, len(name) + 1) + name + b"\0")
+
+
 def _reply(store: Store, conn: Connection, op: int, tx_id: int, payload: bytes) -> bytes:
     handler = HANDLERS.get(op)
     if handler is None:

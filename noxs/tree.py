@@ -29,16 +29,20 @@ if TYPE_CHECKING:
 ROOT = b"/"
 ABSENT = -1
 """The generation of a node that does not exist."""
+ACCESS_SIZE = 64
+"""Bytes that a transaction keeps of a node that it accessed, beside path and value."""
 
 
 class Quota:
     """What one unprivileged caller may use; the defaults are xenstored's (domain.c, quotas[]).
 
-    Two are not: ``transaction_size``, the bytes of values that a transaction keeps, times
-    ``transactions`` is the memory that xenstored allows, and ``request_rate`` is per second.
+    Two are not: ``transaction_size``, the bytes that a transaction keeps of what it accessed, times
+    ``transactions`` is ``memory``, the bytes that xenstored allows for all that a guest makes it
+    keep; and ``request_rate`` is per second.
     """
 
     __slots__ = (
+        "memory",
         "node_size",
         "nodes",
         "outstanding",
@@ -61,8 +65,10 @@ class Quota:
         perms: int = 5,
         outstanding: int = 20,
         transaction_size: int = 1 << 18,
+        memory: int = 2560 << 10,
         request_rate: int = 1000,
     ) -> None:
+        self.memory = memory
         self.nodes = nodes
         self.node_size = node_size
         self.watches = watches
@@ -129,7 +135,7 @@ class Transaction:
     the node as the transaction sees it (None: absent), ``own`` the paths that it changed, ``fire``
     the changes to announce at commit (True: the exact path only), ``delta`` the change in the
     number of nodes per owner. ``failed`` means that the commit must fail. ``limit`` bounds the
-    accessed nodes, ``room`` is left for the values of accessed and written nodes, in bytes.
+    accessed nodes, ``room`` is left for them and for what is written, in bytes.
     """
 
     __slots__ = ("created", "delta", "failed", "fire", "first", "limit", "nodes", "own", "room")
@@ -146,7 +152,7 @@ class Transaction:
         self.failed = False
 
     def keep(self, size: int) -> None:
-        """Count the bytes of a value that the transaction keeps. ENOSPC when they are too many."""
+        """Count bytes that the transaction keeps. ENOSPC when they are too many."""
         self.room -= size
         if self.room < 0:
             self.failed = True
@@ -191,8 +197,7 @@ class Tree:
             tx.failed = True
             raise StoreError(b"ENOSPC")
         node = self.nodes.get(path)
-        if node is not None:
-            tx.keep(len(node.value))
+        tx.keep(ACCESS_SIZE + len(path) + (len(node.value) if node else 0))
         tx.nodes[path] = node
         tx.first[path] = (node.generation, node.perms) if node else (ABSENT, None)
         return node

@@ -193,10 +193,10 @@ class Disks:
     def _check_sharing(self, plan: DiskPlan, identity: str) -> None:
         """Refuse what another guest, or Dom0, has open, unless all only read."""
         for path, other in self.given.items():
-            if other.identity == identity and (other.writable or plan.writable):
+            if (other.writable or plan.writable) and blockdev.overlap(other.identity, identity):
                 raise _shared(plan, path)
         for path, other in self._others():
-            if other.identity == identity and (other.writable or plan.writable):
+            if (other.writable or plan.writable) and blockdev.overlap(other.identity, identity):
                 raise _shared(plan, path)
         ours = {given.loop for given in self.given.values()}
         for number in blockdev.bound() if plan.file else ():

@@ -357,19 +357,30 @@ class Daemon:
         A shell that this fails for is not used again.
         """
         config = wanted.config
-        delivery = Delivery(shell, config, wanted.json, peer, self._dom0_macs, paused)
+        delivery = Delivery(
+            shell, config, wanted.json, peer, self._dom0_macs, paused=paused, bare=True
+        )
         subject = f'cannot create "{config.name}"'
         begun = False
+
+        def furnish(host: Host, names: Registry) -> None:
+            with names.entry(shell.uuid) as entry:
+                info = host.ctrl.domain_info(shell.domid)
+                if not entry.lock(wait=False) or info is None or not info.paused:
+                    raise StateError("somebody else destroyed it or let it run")
+                perform(store.STEPS, delivery.tenancy(host), delivery.timings, subject=subject)
+                delivery.bare = False
+                with names.locked():
+                    record = names.read(shell.uuid)
+                    if paused and record is not None:
+                        record.paused = True
+                        entry.write(record)
+
         try:
             perform(PAUSED_STEPS, delivery, delivery.timings, subject=subject)
             begun = True
-            uuid = shell.uuid
-            with self.guests.expected(uuid):
-                await self.in_thread(
-                    lambda host, _: perform(
-                        store.STEPS, delivery.tenancy(host), delivery.timings, subject=subject
-                    )
-                )
+            with self.guests.expected(shell.uuid):
+                await self.in_thread(furnish)
                 if not paused:
                     perform(UNPAUSE_STEPS, delivery, delivery.timings, subject=subject)
                 guest = self._guest(delivery)

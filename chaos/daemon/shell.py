@@ -132,7 +132,9 @@ class Delivery:
     """A shell on its way to become the guest that ``config`` asks for.
 
     ``config_json`` is the configuration as the record keeps it; ``peer`` who asked, ``taken``
-    are MAC addresses that Dom0 has itself. ``ended_ns`` is when the guest was let go.
+    are MAC addresses that Dom0 has itself. ``bare``: its store and devices are not made yet, and
+    the record, if it says nothing of a guest that waits, has a daemon that finds it destroy it.
+    ``ended_ns`` is when the guest was let go.
     """
 
     shell: Shell
@@ -141,6 +143,7 @@ class Delivery:
     peer: Peer
     taken: Container[str] = frozenset()
     paused: bool = False
+    bare: bool = False
     created: float = field(default_factory=time.time)
     shell_uuid: str = ""
     reserved: list[bytes] = field(default_factory=list)
@@ -160,7 +163,7 @@ class Delivery:
             state=RUNNING,
             domid=shell.domid,
             noxs=shell.noxs,
-            paused=self.paused,
+            paused=self.paused and not self.bare,
             console_frame=shell.console_frame,
             console_port=shell.console_port,
             store_frame=shell.store_frame,

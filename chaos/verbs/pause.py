@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser
 
     from chaos.invocation import Invocation
+    from xenctypes.ctrl import Xenctrl
 
 
 def configure(parser: ArgumentParser, name: str) -> None:
@@ -36,10 +37,23 @@ def run(call: Invocation) -> int:
         return 0
     if pause:
         ctrl.domain_pause(domain.domid)
+    elif domain.record is None:
+        _unpause(ctrl, domain.domid)
     else:
-        while (info := ctrl.domain_info(domain.domid)) is not None and info.paused:
-            ctrl.domain_unpause(domain.domid)
+        with call.names.entry(domain.uuid) as entry:
+            # Without all of its devices a stock guest would wait for ever.
+            if not entry.lock(wait=False):
+                raise StateError(
+                    f'domain "{domain.name}" is being created, changed or destroyed',
+                    hint="try again",
+                )
+            _unpause(ctrl, domain.domid)
     if call.daemon is not None:
         kind = "paused" if pause else "unpaused"
         call.daemon.tell(kind, name=domain.name, domid=domain.domid, uuid=domain.uuid)
     return 0
+
+
+def _unpause(ctrl: Xenctrl, domid: int) -> None:
+    while (info := ctrl.domain_info(domid)) is not None and info.paused:
+        ctrl.domain_unpause(domid)

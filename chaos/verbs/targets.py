@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from chaos import store
 from chaos.create import SLACK_KIB
 from chaos.domains import living, owned
-from xenctypes.errors import StateError
+from xenctypes.errors import ChaosError, StateError
 
 if TYPE_CHECKING:
+    from chaos.domains import Domain
+    from chaos.host import Host
     from chaos.invocation import Invocation
     from chaos.registry import Record
     from noxs.nodes import Value
@@ -64,14 +66,26 @@ def run(call: Invocation) -> int:
     living(domain)
     if args.verb == "mem-set":
         _check_memory(record, args.memory)
-        call.host.ctrl.domain_setmaxmem(record.domid, args.memory + SLACK_KIB)
-        pairs: dict[str, Value] = {"memory/target": args.memory}
-    elif args.verb == "vcpu-set":
+        _tell_memory(call.host, domain, record, args.memory)
+        return 0
+    pairs: dict[str, Value]
+    if args.verb == "vcpu-set":
         pairs = availability(args.vcpus, _vcpus(record, args.vcpus))
     else:
         pairs = {"control/sysrq": args.key}
     store.tell(call.host, record, pairs)
     return 0
+
+
+def _tell_memory(host: Host, domain: Domain, record: Record, kib: int) -> None:
+    """Set Xen's limit and tell the guest; neither, if one of them fails."""
+    before = domain.info.max_pages << 2
+    host.ctrl.domain_setmaxmem(record.domid, kib + SLACK_KIB)
+    try:
+        store.tell(host, record, {"memory/target": kib})
+    except ChaosError:
+        host.ctrl.domain_setmaxmem(record.domid, before)
+        raise
 
 
 def _check_memory(record: Record, kib: int) -> None:

@@ -52,6 +52,7 @@ class Xen:
             "shutdown_reason": None,
             "cpu_time": 0,
             "mib": mib,
+            "max_pages": (mib << 8) + 256,
         }
         self.domains[domid] = SimpleNamespace(**{**info, **state})
         self.free_mib -= mib
@@ -73,6 +74,9 @@ class Xen:
     def domain_destroy(self, domid: int) -> None:
         self._call("domain_destroy")
         self.free_mib += self.domains.pop(domid).mib
+
+    def domain_setmaxmem(self, domid: int, kib: int) -> None:
+        self.domains[domid].max_pages = kib >> 2
 
     def domain_pause(self, domid: int) -> None:
         self.domains[domid].paused = True

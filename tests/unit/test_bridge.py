@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from noxsd_process import Noxsd
@@ -106,6 +107,32 @@ def test_what_the_toolstack_removed_is_not_made_again(host: Host, guest: Guest, 
     bus.rm(BACK)
     host.until(lambda: guest.read(BACK.encode() + b"/state") == b"ENOENT\0")
     assert not bus.exists(FRONT)
+
+
+def test_a_device_that_is_being_taken_is_not_told_of(
+    host: Host, guest: Guest, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was under way to the bus when the toolstack began must not undo what that wrote."""
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    transact = Bus.transact
+
+    def late(self: Bus, function: Callable[..., Any], **more: Any) -> Any:
+        if threading.current_thread().name != "bridge":
+            return transact(self, function, **more)
+        begun.set()
+        assert go_on.wait(30)
+        told = transact(self, function, **more)
+        ended.set()
+        return told
+
+    monkeypatch.setattr(Bus, "transact", late)
+    guest.write(b"device/vif/0/state", b"4")
+    host.until(begun.is_set)
+    assert Control(host).ask(wire.CONTROL, "detach", 5, "vif", 0) == b"OK\0"
+    bus.write(f"{FRONT}/state", 6)
+    go_on.set()
+    assert ended.wait(30)
+    assert bus.read(f"{FRONT}/state") == "6"
 
 
 def test_a_detached_device_is_gone_on_both_sides(host: Host, guest: Guest, bus: Bus) -> None:

@@ -46,6 +46,7 @@ class Lab:
         self.lines: list[str] = []
         self.again: list[str] = []
         self.loop = asyncio.get_running_loop()
+        self.news = asyncio.Event()
         self.tasks: list[asyncio.Task[Any]] = []
         self.pool = SimpleNamespace(uuids=set)
         self.threads = 0
@@ -55,6 +56,7 @@ class Lab:
     def emit(self, kind: str, **data: Any) -> None:
         there = "uuid" in data and self.xen.of(data["uuid"]) is not None
         self.told.append((kind, data, there))
+        self.news.set()
 
     def log(self, line: str) -> None:
         self.lines.append(line)
@@ -144,6 +146,35 @@ async def next_timer(lab: Lab) -> None:
     due = lab.loop.create_future()
     lab.loop.call_later(module.EVENT_PAUSE, due.set_result, None)
     await due
+
+
+def test_beside_xenstored_the_dead_are_looked_for(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the interrupt, and passes on the deaths of domains that it knows alone."""
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    pipe = os.pipe()
+
+    async def test(lab: Lab) -> None:
+        def taken(_virq: int) -> int:
+            raise CallFailed("xenevtchn_bind_virq", errno.EEXIST)
+
+        lab.xen.bind_virq = taken  # type: ignore[attr-defined]
+        lab.xen.watch = lambda *_: None  # type: ignore[attr-defined]
+        lab.xen.fd = lab.xen.fileno = pipe[0]  # type: ignore[attr-defined]
+        lab.host.bus = SimpleNamespace(watch=lambda *_: None, fileno=lambda: pipe[0])
+        lab.guests.start()
+        record = lab.record()
+        lab.adopted(record)
+        lab.xen.domains[record.domid].shutdown = True
+        lab.xen.domains[record.domid].shutdown_reason = 3
+        while "died" not in lab.kinds():
+            await lab.news.wait()
+            lab.news.clear()
+        lab.guests.by_uuid.clear()
+        await asyncio.gather(*lab.tasks, return_exceptions=True)
+
+    run(test)
 
 
 def test_a_shell_s_channel_stays_open(run: Callable[..., None]) -> None:

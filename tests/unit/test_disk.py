@@ -153,6 +153,35 @@ def test_devices_that_cannot_be_disks(host: Path, monkeypatch: pytest.MonkeyPatc
     assert disk.look(parsed("sd5,raw,xvda,rw")).blocks == blockdev.identity(path.stat())
 
 
+def test_a_partition_shares_its_disk_s_blocks(
+    host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockdev, "SYSFS_DEV", str(tmp_path))
+    for minor in (1, 2):
+        partition = host / "sdb" / f"sdb{minor}"
+        partition.mkdir(parents=True)
+        (partition / "partition").write_text(f"{minor}\n")
+        (tmp_path / f"8:{16 + minor}").symlink_to(partition)
+    (host / "sdb" / "dev").write_text("8:16\n")
+    (tmp_path / "8:16").symlink_to(host / "sdb")
+    whole, one, two = "device:8:10", "device:8:11", "device:8:12"
+    assert blockdev.overlap(whole, whole)
+    assert blockdev.overlap(whole, one)
+    assert blockdev.overlap(two, whole)
+    assert not blockdev.overlap(one, two)
+    assert not blockdev.overlap("file:0:1", one)
+    names = Registry(str(tmp_path / "run"))
+    names.prepare()
+    config = parsed("sdb1,raw,xvda,rw")
+    target = Target(hotplug.TYPE_DEVICE, one, one)
+    record = Record("a", "web", disks=[disk.entry(config, Target(target.type, whole, whole))])
+    with (
+        names.reserve(record),
+        pytest.raises(DeviceError, match='is a disk of "web" already'),
+    ):
+        disk.check_free(names, "b", [(config, target)])
+
+
 def test_a_disk_that_is_written_is_nobody_elses(host: Path, tmp_path: Path) -> None:
     names = Registry(str(tmp_path / "run"))
     names.prepare()

@@ -124,6 +124,36 @@ def test_a_full_file_system_refuses_a_record_and_keeps_the_log_whole(
     assert reopened(tmp_path)[2] == [b"one", b"three"]
 
 
+@pytest.mark.parametrize("fails", ["write", "open"])
+def test_a_snapshot_that_has_no_room_takes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    journal, *_ = reopened(tmp_path)
+    journal.replace(b"s")
+    journal.append(b"one")
+
+    def full(*_: object) -> int:
+        raise OSError(28, "full")
+
+    for _ in range(3):
+        if fails == "write":
+            monkeypatch.setattr("noxs.journal.crc32", full)
+        else:
+            monkeypatch.setattr(os, "open", full)
+        with pytest.raises(OSError, match="full"):
+            journal.replace(b"t")
+        monkeypatch.undo()
+        assert len(list(tmp_path.iterdir())) <= 3  # the snapshot, its log, the next log
+    assert not list(tmp_path.glob("*.new"))
+    journal.append(b"two")
+    assert reopened(tmp_path)[1:] == (b"s", [b"one", b"two"])
+    journal.replace(b"t")
+    journal.append(b"three")
+    (tmp_path / "snapshot.9.new").touch()  # of a writer that was killed
+    assert reopened(tmp_path)[1:] == (b"t", [b"three"])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("change", ["version", "damage", "no snapshot"])
 def test_what_cannot_be_trusted_is_refused(tmp_path: Path, change: str) -> None:
     journal, *_ = reopened(tmp_path)

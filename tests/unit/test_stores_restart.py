@@ -316,6 +316,33 @@ def test_a_journal_does_not_grow_without_end(tmp_path: Path) -> None:
     assert guest.read(b"attr/1") == b"v" * 1000
 
 
+def test_a_guest_has_no_more_kept_than_it_may(tmp_path: Path) -> None:
+    """And can make room again; a restart changes nothing of it."""
+    host = Host(tmp_path)
+    guest = host.guest(5)
+    found = host.stores.guests[5]
+    assert found.journal is not None
+    found.conn.quota.memory = 20_000
+    found.save()
+    assert guest.write(b"data/a", b"v") == [b"OK\0"]
+    for number in range(20):
+        assert guest.write(b"data/%d" % number, b"v" * 1000) == [b"OK\0"]
+    found.save()
+    assert guest.ask(wire.WRITE, b"data/a\0v") == [b"ENOMEM\0"]
+    assert guest.ask(wire.TRANSACTION_START, b"\0") == [b"ENOMEM\0"]
+    assert guest.ask(wire.WATCH, b"data\0t\0") == [b"ENOMEM\0"]
+    assert guest.read(b"data/a") == b"v"
+    assert guest.ask(wire.RM, b"data\0") == [b"OK\0"]
+    assert guest.ask(wire.MKDIR, b"attr/b\0") == [b"ENOMEM\0"]
+    # It counts again when the log, which has what was refused as well, has grown long.
+    number = found.journal.number
+    while (reply := guest.write(b"attr/b", b"v" * 2000)) == [b"ENOMEM\0"]:
+        assert found.journal.number == number
+    assert reply == [b"OK\0"]
+    host.restart()
+    assert guest.read(b"attr/b") == b"v" * 2000
+
+
 # A real process, and SIGKILL
 
 

@@ -30,6 +30,7 @@ from noxs.bus import Bus
 from noxs.gueststores import GuestStores
 from noxs.stores import Stores
 from xenctypes.errors import (
+    BusError,
     CallFailed,
     ConfigError,
     DeviceError,
@@ -267,7 +268,9 @@ def call(host: Any, names: Registry, verb: str, **arguments: Any) -> Any:
     )
 
 
-def test_targets_are_written_within_their_bounds(host: Any, tmp_path: Path) -> None:
+def test_targets_are_written_within_their_bounds(
+    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host.ctrl = xen = Xen()
     names = Registry(str(tmp_path / "run"))
     asked = record(PRIVATE)
@@ -276,13 +279,12 @@ def test_targets_are_written_within_their_bounds(host: Any, tmp_path: Path) -> N
     while (domid := xen.create(asked.uuid)) != asked.domid:
         del xen.domains[domid]
     host.stores.open(5, asked.uuid, "web")
-    limits = []
-    xen.domain_setmaxmem = lambda *limit: limits.append(limit)  # type: ignore[attr-defined]
+    domain = xen.domains[5]
     targets.run(call(host, names, "mem-set", memory=100 << 10))
     targets.run(call(host, names, "vcpu-set", vcpus=3))
     targets.run(call(host, names, "sysrq", key="s"))
     base = "/local/domain/5"
-    assert limits == [(5, (100 << 10) + 1024)]
+    assert domain.max_pages == 101 << 8
     assert host.stores.read(f"{base}/memory/target") == str(100 << 10)
     assert [host.stores.read(f"{base}/cpu/{n}/availability") for n in range(4)] == [
         "online", "online", "online", "offline",
@@ -295,7 +297,16 @@ def test_targets_are_written_within_their_bounds(host: Any, tmp_path: Path) -> N
     ):
         with pytest.raises(StateError, match=why):
             targets.run(call(host, names, verb, **arguments))
-    xen.domains[5].shutdown = True
+
+    def away(*_: object) -> None:
+        raise BusError("away")
+
+    monkeypatch.setattr(store, "tell", away)
+    with pytest.raises(BusError, match="away"):
+        targets.run(call(host, names, "mem-set", memory=64 << 10))
+    monkeypatch.undo()
+    assert domain.max_pages == 101 << 8
+    domain.shutdown = True
     with pytest.raises(StateError, match="is dead"):
         targets.run(call(host, names, "sysrq", key="s"))
     with names.entry(asked.uuid) as entry:

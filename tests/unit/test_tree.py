@@ -256,6 +256,20 @@ def test_the_transaction_s_node_quota_fails_the_transaction() -> None:
     tree.check()
 
 
+def test_a_transaction_keeps_no_more_than_it_may() -> None:
+    """Of nodes that are not there, too: their paths."""
+    tree = guest_tree()
+    guest = Caller(5, privileged=False, quota=Quota(transaction_size=10_000))
+    tx = tree.begin(guest)
+    path = b"/local/domain/5/data/%02d" + b"x" * 1000
+    for number in range(9):
+        assert tree.get(tx, path % number) is None
+    with pytest.raises(StoreError, match="ENOSPC"):
+        tree.get(tx, path % 9)
+    with pytest.raises(StoreError, match="ENOMEM"):
+        tree.commit(guest, tx)
+
+
 def test_a_gone_domain_s_nodes_go_with_all_below_them() -> None:
     tree = guest_tree()
     tree.write(ROOT, None, b"/local/domain/5/data/x", b"")
