@@ -60,14 +60,6 @@ NOT_YET: tuple[tuple[str, Callable[[DomainConfig], bool], str], ...] = (
         lambda config: any(vif.backend not in {"", "0", "Domain-0"} for vif in config.vifs),
         "vifs served by another domain than Domain-0 are not supported yet",
     ),
-    (
-        "maxvcpus",
-        lambda config: config.maxvcpus > config.vcpus,
-        (
-            "maxvcpus above vcpus is not supported yet: nothing brings vCPUs online later"
-            ' (Linux: vcpus = maxvcpus and extra = "maxcpus=N")'
-        ),
-    ),
 )
 
 _HEX = frozenset("0123456789abcdefABCDEF")

@@ -223,8 +223,23 @@ def _check_vifs(creation: Creation) -> None:
     if creation.stock:
         creation.served = store.service(creation.host)
         store.check(creation.config, creation.served)
+    _check_vcpus(creation)
     for config in creation.config.vifs:
         vif.check(config)
+
+
+def _check_vcpus(creation: Creation) -> None:
+    """Who is told when vCPUs beyond the first are wanted is told so through a store."""
+    config = creation.config
+    if config.maxvcpus == config.vcpus or creation.info is None or creation.served:
+        return
+    why, hint = "guests that speak noxs bring none online later", "make them the same"
+    if creation.stock:
+        why, hint = (
+            "storesd is not running",
+            'start it, or make them the same (Linux: with extra = "maxcpus=N")',
+        )
+    raise config.error(f"maxvcpus is above vcpus: {why}", "maxvcpus", hint=hint)
 
 
 def _check_disks(creation: Creation) -> None:
@@ -452,6 +467,7 @@ def _load(creation: Creation) -> None:
             creation.served = store.service(creation.host)
         if creation.served:
             _write_down(creation)
+    _check_vcpus(creation)
     with_store = creation.noxs or bool(creation.served)
     creation.loaded = creation.builder.load(
         creation.domid,

@@ -93,6 +93,8 @@ while :; do
         echo late-disk-done
         echo > /late
     fi
+    # Linux makes a vCPU that it is given present; udev's rules bring it online.
+    for cpu in /sys/devices/system/cpu/cpu*/online; do echo 1 > $cpu; done 2> /dev/null
     set -- /sys/class/net/eth*
     cards=$#
     set -- /sys/block/xvd*
@@ -159,7 +161,7 @@ def traces(host: Host) -> dict[str, set[str]]:
 def config_file(directory: Path, kind: str, ramdisk: Path, *more: str) -> str:
     cfg = directory / "stock.cfg"
     lines = (
-        'name = "stock"', f'type = "{kind}"', "memory = 192", "vcpus = 2",
+        'name = "stock"', f'type = "{kind}"', "memory = 192", "vcpus = 1", "maxvcpus = 2",
         f'kernel = "{unpacked(directory)}"', f'ramdisk = "{ramdisk}"', 'extra = "console=hvc0"',
         f'vif = ["bridge={BRIDGE}, mac={MAC}"]', *more,
     )  # fmt: skip
@@ -260,8 +262,9 @@ def change_devices(
     assert greeting(image) == "from the guest, later\n"
 
 
+@pytest.mark.every_release
 def test_linux_gets_its_devices_and_is_shut_down(
-    host: Host, nothing_left: None, tmp_path: Path
+    host: Host, nothing_left: None, plain: list[str], tmp_path: Path
 ) -> None:
     """The classic handshake of netfront and blkfront; storesd is killed in between."""
     image = tmp_path / "disk"
@@ -274,7 +277,7 @@ def test_linux_gets_its_devices_and_is_shut_down(
         domid = json.loads(chaos("create", "-p", "--json", cfg).stdout)["domid"]
         front = f"/local/domain/{domid}/device"
         try:
-            assert stores.read(f"/local/domain/{domid}/cpu/1/availability") == "online"
+            assert stores.read(f"/local/domain/{domid}/cpu/1/availability") == "offline"
             assert stores.read(f"/local/domain/{domid}/memory/target") == str(192 << 10)
             with console("stock", log) as typed:
                 chaos("unpause", "stock")
@@ -300,14 +303,16 @@ def test_linux_gets_its_devices_and_is_shut_down(
                 assert not stores.exists(f"/local/domain/{domid}/device/vif/0/script")
                 assert stores.read(f"/local/domain/0/backend/vbd/{domid}/51712/sectors") == "16384"
                 assert not stores.exists(f"/local/domain/0/backend/vbd/{domid}/51712/params")
-                log.write_bytes(b"")
-                chaos("vcpu-set", "stock", "1")
-                wait_for(lambda: "1 processors" in log.read_text(), "it keeps both vCPUs")
+                for vcpus in ("2", "1"):
+                    log.write_bytes(b"")
+                    chaos("vcpu-set", "stock", vcpus)
+                    wait_for(lambda said=f"{vcpus} processors": said in log.read_text(), vcpus)
                 chaos("mem-set", "stock", "160")
                 info = host.ctrl.domain_info
                 wait_for(lambda: info(domid).tot_pages <= 176 << 8, "it gives no memory back")
                 chaos("sysrq", "stock", "h")
                 wait_for(lambda: "sysrq: HELP" in log.read_text(), "it has not heard the key")
+                change_devices(chaos, host, domid, log.read_bytes, plain)
                 chaos("rename", "stock", "renamed")
                 assert stores.read(f"/local/domain/{domid}/name") == "renamed"
                 chaos("shutdown", "-w", "renamed", timeout=BOOT_SECONDS)
@@ -328,9 +333,9 @@ def test_the_daemon_makes_one_and_finds_it_again(
     shared = store.service(host) == store.SHARED
     image = tmp_path / "disk"
     subprocess.run(["mkfs.ext4", "-q", str(image), "8M"], check=True)
-    ramdisk = initramfs(tmp_path, INIT, NET, *(() if shared else (BLOCK, *EXT4)))
-    kind, disks = ("pv", "") if shared else ("pvh", f'disk = ["{image},raw,xvda,rw"]')
-    cfg = config_file(tmp_path, kind, ramdisk, disks)
+    ramdisk = initramfs(tmp_path, INIT, NET, BLOCK, *EXT4)
+    kind = "pv" if shared else "pvh"
+    cfg = config_file(tmp_path, kind, ramdisk, f'disk = ["{image},raw,xvda,rw"]')
     with running("[pool]\nadaptive = false\n") as daemon, Chaos() as client:
         made = client.call("create", path=cfg)
         assert host.bus.read(f"/local/domain/{made['domid']}/device/vif/0/mac") == MAC
@@ -342,20 +347,24 @@ def test_the_daemon_makes_one_and_finds_it_again(
         daemon.start()
         wait_for(answers, "it does not answer any more")
         with Chaos() as again:
-
-            def said() -> bytes:
-                return again.call("logs", domain="stock")
-
-            assert b"network-up" in said()
-            if not shared:
-                wait_for(lambda: b"disk-done" in said(), "no disk", BOOT_SECONDS)
-                change_devices(served, host, made["domid"], said, plain)
+            assert b"network-up" in again.call("logs", domain="stock")
+            wait_for(
+                lambda: b"disk-done" in again.call("logs", domain="stock"), "no disk", BOOT_SECONDS
+            )
+            change_devices(
+                served, host, made["domid"], lambda: again.call("logs", domain="stock"), plain
+            )
+            begin = len(again.call("logs", domain="stock"))
+            served("vcpu-set", "stock", "2")
+            wait_for(
+                lambda: b"2 processors" in again.call("logs", domain="stock")[begin:], "one vCPU"
+            )
         if shared:
             chaos("shutdown", "-w", "stock", timeout=BOOT_SECONDS)
         else:
             chaos("sysrq", "stock", "c")  # it panics
         wait_for(lambda: len(host.ctrl.domain_list()) == 1, "it is not destroyed")
-    assert shared or greeting(image) == "from the guest\n"
+    assert greeting(image) == "from the guest\n"
 
 
 # Guests that need not run: hello, without the note that says that it speaks noxs.
@@ -431,6 +440,7 @@ def pvh_image(code: bytes) -> bytes:
     return header + load + notes + note + code
 
 
+@pytest.mark.anyhost
 def test_guests_that_end_badly_leave_nothing(
     host: Host, plain: list[str], nothing_left: None, tmp_path: Path
 ) -> None:
@@ -464,6 +474,9 @@ def test_without_storesd(host: Host, plain: list[str], nothing_left: None) -> No
         assert refused.returncode == 1
         assert "storesd is not running" in refused.stderr
         assert refused.stderr.count("\n") == 1
+        for overrides, why in ((plain, "storesd is not running"), ([], "guests that speak noxs")):
+            refused = chaos("create", HELLO, *overrides, "vif=[]", "maxvcpus=2", check=False)
+            assert f"maxvcpus is above vcpus: {why}" in refused.stderr
         # Without devices it needs no store.
         chaos("create", "-q", "-p", HELLO, *plain, "vif=[]")
         refused = chaos("shutdown", "plain", check=False)

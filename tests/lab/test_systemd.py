@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -119,6 +120,20 @@ def test_the_sandboxes_hold() -> None:
     assert "0" not in status["noxsd"]["Uid"].split()
     assert int(status["xendevd"]["CapBnd"], 16) == 1 << 12 | 1 << 1  # NET_ADMIN, DAC_OVERRIDE
     assert int(status["storesd"]["CapBnd"], 16) == 0
+
+
+def test_a_guest_gets_a_disk_that_is_another_users(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 16))
+    os.chown(image, 1234, 1234)
+    image.chmod(0o600)
+    disk = f"disk=['{image},raw,xvda,rw']"
+    made = json.loads(run("chaos", "create", "--json", "examples/disk.cfg", disk))
+    try:
+        assert made["profile"]["ready_ms"]
+        assert image.read_bytes().startswith(b"sector 0 of disk 51712")
+    finally:
+        run("chaos", "destroy", "disk")
 
 
 @pytest.mark.parametrize("name", ["noxsd", "xendevd"])

@@ -363,7 +363,6 @@ def test_supported(key: str, wanted: Callable[[DomainConfig], bool], cause: str)
         "type": "type = 'pvh'",
         "vif": "vif = [ 'backend=driver' ]",
         "disk": "disk = [ '/a,raw,xvda' ]",
-        "maxvcpus": "maxvcpus = 2",
     }[key]
     config = read(text)
     assert wanted(config)
