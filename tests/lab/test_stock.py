@@ -161,7 +161,8 @@ def traces(host: Host) -> dict[str, set[str]]:
 def config_file(directory: Path, kind: str, ramdisk: Path, *more: str) -> str:
     cfg = directory / "stock.cfg"
     lines = (
-        'name = "stock"', f'type = "{kind}"', "memory = 192", "vcpus = 1", "maxvcpus = 2",
+        'name = "stock"', f'type = "{kind}"', "memory = 192", "maxmem = 224",
+        "vcpus = 1", "maxvcpus = 2",
         f'kernel = "{unpacked(directory)}"', f'ramdisk = "{ramdisk}"', 'extra = "console=hvc0"',
         f'vif = ["bridge={BRIDGE}, mac={MAC}"]', *more,
     )  # fmt: skip
@@ -329,7 +330,8 @@ def test_linux_gets_its_devices_and_is_shut_down(
 def test_the_daemon_makes_one_and_finds_it_again(
     host: Host, nothing_left: None, plain: list[str], tmp_path: Path
 ) -> None:
-    """As PVH on a host with storesd, where it panics in the end; as PV on one with xenstored."""
+    """As PVH on a host with storesd; as PV on one with xenstored, where it panics in the end."""
+    info = host.ctrl.domain_info
     shared = store.service(host) == store.SHARED
     image = tmp_path / "disk"
     subprocess.run(["mkfs.ext4", "-q", str(image), "8M"], check=True)
@@ -359,10 +361,12 @@ def test_the_daemon_makes_one_and_finds_it_again(
             wait_for(
                 lambda: b"2 processors" in again.call("logs", domain="stock")[begin:], "one vCPU"
             )
+        # With all the memory that it was given: it grows to maxmem when it is told to.
+        assert info(made["domid"]).tot_pages >= 188 << 8
         if shared:
-            chaos("shutdown", "-w", "stock", timeout=BOOT_SECONDS)
-        else:
             chaos("sysrq", "stock", "c")  # it panics
+        else:
+            chaos("shutdown", "-w", "stock", timeout=BOOT_SECONDS)
         wait_for(lambda: len(host.ctrl.domain_list()) == 1, "it is not destroyed")
     assert greeting(image) == "from the guest\n"
 
