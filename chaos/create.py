@@ -595,9 +595,14 @@ SHELL_STEPS: tuple[Step[Creation], ...] = (
 )
 """A shell without an image, made elsewhere than in the process that owns it."""
 IMAGE_STEPS: tuple[Step[Creation], ...] = tuple(
-    step for step in CREATE_STEPS if step.name == "load image"
+    step
+    for step in CREATE_STEPS
+    if step.name in {"load image", *(step.name for step in store.STEPS)}
 )
-"""What makes a shell warm; the device page is written by whoever will own the shell."""
+"""What makes a shell warm: of a stock guest its store and its devices, too.
+
+The device page is written by whoever will own the shell.
+"""
 
 
 def wait_ready(creation: Creation, timeout: float) -> float | None:

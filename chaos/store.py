@@ -192,6 +192,36 @@ STEPS: tuple[Step[Tenancy], ...] = (
 )
 
 
+def readdress(tenancy: Tenancy) -> None:
+    """Let store and vifs say what was not known when they were made: name, addresses. BusError."""
+    host, domid, config = tenancy.host, tenancy.domid, tenancy.config
+    own = _names(domid, tenancy.uuid, config.name)
+    shared = vif.late_nodes(domid, config.name, tenancy.macs, config.vifs)
+    if tenancy.service == PRIVATE:
+        fronts = [pair for pair in shared if pair[0].startswith(f"/local/domain/{domid}/")]
+        host.stores.write_many(own + fronts)
+    else:
+        shared = own + shared
+    if shared:
+        host.bus.write_many(shared)
+
+
+def renew(tenancy: Tenancy, uuid: str) -> None:
+    """Give up the store of a guest that had another UUID when it was made. Raises BusError.
+
+    Its devices are taken away when it is opened anew.
+    """
+    release(tenancy.host, tenancy.service, tenancy.domid, uuid)
+
+
+def _names(domid: int, uuid: str, name: str) -> list[tuple[str, str]]:
+    return [(f"/local/domain/{domid}/name", name), (f"/vm/{uuid}/name", name)]
+
+
+LATE_STEPS: tuple[Step[Tenancy], ...] = (Step("readdress", EXECUTE, BUS, readdress),)
+"""For a shell, which has its store and its devices, instead of STEPS."""
+
+
 def release(host: Host, served: str, domid: int, uuid: str) -> bool:
     """Have a guest's ring and nodes given up; of one that is not served is fine. BusError.
 
@@ -225,10 +255,7 @@ def detach_device(host: Host, record: Record, kind: str, devid: int) -> None:
 
 def rename(host: Host, record: Record) -> None:
     """Let a guest know its new name. Raises BusError."""
-    pairs = [
-        (f"/local/domain/{record.domid}/name", record.name),
-        (f"/vm/{record.uuid}/name", record.name),
-    ]
+    pairs = _names(record.domid, record.uuid, record.name)
     if record.store == SHARED:
         host.bus.write_many(pairs)
     elif record.store == PRIVATE and serves():

@@ -29,6 +29,7 @@ PARTS = ("lint", "unit", "machine", "lab")
 HOSTS = {"noxs": [], "xenstored": ["--xenstored"], "systemd": ["--init", "systemd"]}
 LAB_SECONDS = 3300
 THOROUGH_SECONDS = 5400
+THOROUGH_MEMORY = "6G"
 NO_TESTS = 5
 """pytest's exit status when it selected nothing."""
 
@@ -151,6 +152,7 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
             inside += ["--thorough"] if arguments.thorough else []
             run = [sys.executable, "-m", "lab", "run", "--debian", number, *HOSTS[host]]
             limit = ["--timeout", str(THOROUGH_SECONDS if arguments.thorough else LAB_SECONDS)]
+            limit += ["--memory", THOROUGH_MEMORY] if arguments.thorough else []
             name = f"lab Debian {number} {host}"
             command = [*run, *limit, "--", *inside, *chosen_tests, "tests/lab"]
             labs.append(Part(name, command, may_be_empty=empty))

@@ -352,9 +352,9 @@ class Daemon:
     async def _deliver_with_store(
         self, shell: Shell, wanted: Wanted, peer: Peer, *, paused: bool
     ) -> Delivery:
-        """The same for a stock guest, whose store and devices are made when its name is known.
+        """The same for a stock guest, whose store and devices are told its name and addresses.
 
-        A shell that this fails for is not used again.
+        With another UUID they are made anew. A shell that this fails for is not used again.
         """
         config = wanted.config
         delivery = Delivery(
@@ -368,7 +368,11 @@ class Daemon:
                 info = host.ctrl.domain_info(shell.domid)
                 if not entry.lock(wait=False) or info is None or not info.paused:
                     raise StateError("somebody else destroyed it or let it run")
-                perform(store.STEPS, delivery.tenancy(host), delivery.timings, subject=subject)
+                tenancy, steps = delivery.tenancy(host), store.LATE_STEPS
+                if delivery.shell_uuid:
+                    store.renew(tenancy, delivery.shell_uuid)
+                    steps = store.STEPS
+                perform(steps, tenancy, delivery.timings, subject=subject)
                 delivery.bare = False
                 with names.locked():
                     record = names.read(shell.uuid)

@@ -42,9 +42,10 @@ def initramfs(directory: Path, init: str, *modules: str) -> Path:
     for name in ("bin", "sbin", "proc", "sys", "dev"):
         (root / name).mkdir(parents=True)
     (root / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
-    (root / "sbin/poweroff").write_text("#!/bin/busybox sh\n/bin/busybox poweroff -f\n")
+    for verb in ("poweroff", "reboot"):
+        (root / "sbin" / verb).write_text(f"#!/bin/busybox sh\n/bin/busybox {verb} -f\n")
     (root / "init").write_text(init)
-    for name in ("bin/busybox", "sbin/poweroff", "init"):
+    for name in ("bin/busybox", "sbin/poweroff", "sbin/reboot", "init"):
         (root / name).chmod(0o755)
     for name in modules:
         path = DRIVERS / name

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 from chaosd import GUESTS, NONE, filled, running
@@ -364,11 +365,50 @@ def test_the_daemon_makes_one_and_finds_it_again(
         # With all the memory that it was given: it grows to maxmem when it is told to.
         assert info(made["domid"]).tot_pages >= 188 << 8
         if shared:
+            chaos("reboot", "stock")  # and it gets its store and its devices once more
+            wait_for(lambda: info(made["domid"]) is None, "it does not reboot", BOOT_SECONDS)
+            wait_for(answers, "it does not answer after a reboot", BOOT_SECONDS)
             chaos("sysrq", "stock", "c")  # it panics
         else:
             chaos("shutdown", "-w", "stock", timeout=BOOT_SECONDS)
         wait_for(lambda: len(host.ctrl.domain_list()) == 1, "it is not destroyed")
     assert greeting(image) == "from the guest\n"
+
+
+MANY_INIT = """#!/bin/busybox sh
+export PATH=/bin
+busybox --install /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+for pass in 1 2; do for module in /*.ko; do insmod $module 2>/dev/null; done; done
+until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+ip addr add $(sed 's/.*address=//' /proc/cmdline)/24 dev eth0
+ip link set eth0 up
+while :; do sleep 1000; done
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.anyhost
+def test_fifty_in_64_mebibytes_each(nothing_left: None, tmp_path: Path) -> None:
+    ramdisk = initramfs(tmp_path, MANY_INIT, NET)
+    kernel = unpacked(tmp_path)
+    addresses = [f"10.77.0.{last}" for last in range(150, 200)]
+    with running("[pool]\nadaptive = false\n"), Chaos() as client:
+        for address in addresses:
+            text = f"""
+name = "linux-{address}"
+memory = 64
+kernel = "{kernel}"
+ramdisk = "{ramdisk}"
+extra = "quiet address={address}"
+vif = ["bridge={BRIDGE}"]
+"""
+            client.call("create", config=text)
+        for address in addresses:
+            wait_for(partial(answers, address), f"{address} does not answer", 10 * BOOT_SECONDS)
+        assert all(answers(address) for address in addresses)
+        client.call("shutdown", all=True, wait=True, timeout=int(BOOT_SECONDS))
 
 
 # Guests that need not run: hello, without the note that says that it speaks noxs.
@@ -522,11 +562,25 @@ size = 1
         domid = made["domid"]
         assert host.bus.get(f"/local/domain/0/backend/vif/{domid}/0/domain") == "plain"
         assert host.stores.is_introduced(domid)
+        steps = [s["name"] for s in made["profile"]["steps"] if s["phase"] == "execute"]
+        assert "readdress" in steps
+        assert "attach devices" not in steps  # it was plugged before anybody asked for it
+        front = f"/local/domain/{domid}/device/vif/0"
+        assert host.stores.read(f"{front}/mac") == host.bus.read(f"{front}/mac")
+        filled(client, "warm")
+        mac, uuid = "00:16:3e:00:00:99", str(uuid4())
+        vifs = f'vif=["bridge={BRIDGE},mac={mac}"]'
+        other = [*plain, vifs, f'uuid="{uuid}"', 'name="other"']
+        made = client.call("create", path=HELLO, overrides=other, paused=True)
+        base = f"/local/domain/{made['domid']}"
+        assert host.stores.read(f"{base}/vm") == f"/vm/{uuid}"
+        assert host.stores.read(f"{base}/device/vif/0/mac") == mac
+        assert host.bus.read(f"{base}/device/vif/0/mac") == mac
         bare = [plain[0], 'name="bare"']
         made = client.call("create", path=HELLO, overrides=bare, paused=True)
         assert host.stores.read(f"/local/domain/{made['domid']}/name") == "bare"
         served = {flavour["name"]: flavour["served"] for flavour in client.call("pool.list")}
-        assert served == {"warm": 1, "generic": 1}
+        assert served == {"warm": 2, "generic": 1}
         filled(client)
         stop_storesd()
         try:

@@ -8,6 +8,7 @@ import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
 from paper_xen import Xen
@@ -528,10 +529,10 @@ class DeliveringStock(Delivering):
         delivery.shell.close_record()
         self.looked_after.append(delivery.shell.uuid)
 
-    async def deliver(self, shell: Any, *, paused: bool = False) -> Any:
+    async def deliver(self, shell: Any, *, paused: bool = False, uuid: bytes | None = None) -> Any:
         """Deliver the shell as a stock guest."""
         shell.store = store.PRIVATE
-        wanted = want(DomainConfig(name="web", memory=4, kernel="k"))
+        wanted = want(DomainConfig(name="web", memory=4, kernel="k", uuid=uuid))
         peer = Peer(1, 0, 0, ())
         return await Daemon._deliver_stock(self, shell, wanted, peer, paused=paused)  # type: ignore[arg-type]
 
@@ -540,14 +541,22 @@ def test_a_stock_guest_is_delivered_with_its_store_or_not_at_all(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str, int]] = []
+    made: list[str] = []
     failing = False
 
     def do(tenancy: store.Tenancy) -> None:
         if failing:
             raise DeviceError("no bridge br7")
+        record = Registry(lab_path).read(tenancy.uuid)
+        assert record is not None
+        assert (record.state, record.paused) == (RUNNING, False)  # whoever finds it ends it
         asked.append((tenancy.uuid, tenancy.config.name, tenancy.domid))
 
-    monkeypatch.setattr(store, "STEPS", (Step("open store", "execute", "bus", do),))
+    lab_path = ""
+    monkeypatch.setattr(store, "LATE_STEPS", (Step("readdress", "execute", "bus", do),))
+    anew = Step[store.Tenancy]("open store", "execute", "bus", lambda t: made.append(t.uuid))
+    monkeypatch.setattr(store, "STEPS", (anew,))
+    monkeypatch.setattr(store, "renew", lambda _tenancy, uuid: made.append(uuid))
     monkeypatch.setattr(store, "serves", lambda: False)
 
     async def shells(lab: Lab) -> tuple[DeliveringStock, Any]:
@@ -560,7 +569,8 @@ def test_a_stock_guest_is_delivered_with_its_store_or_not_at_all(
         return DeliveringStock(lab), shell
 
     async def test(lab: Lab) -> None:
-        nonlocal failing
+        nonlocal failing, lab_path
+        lab_path = lab.names.path
         daemon, shell = await shells(lab)
         await daemon.deliver(shell)
         assert asked == [(shell.uuid, "web", shell.domid)]
@@ -571,9 +581,20 @@ def test_a_stock_guest_is_delivered_with_its_store_or_not_at_all(
         assert (record.state, record.store, record.name) == (RUNNING, store.PRIVATE, "web")
         await daemon.end(shell.uuid)
 
+        # It waits for somebody to unpause it; it has the UUID that was asked for.
+        daemon, shell = await shells(lab)
+        before, uuid = shell.uuid, UUID("00000000-0000-4000-8000-000000000099")
+        await daemon.deliver(shell, paused=True, uuid=uuid.bytes)
+        assert made == [before, str(uuid)]
+        assert lab.xen.domains[shell.domid].paused
+        record = lab.names.read(str(uuid))
+        assert record is not None
+        assert (record.state, record.paused) == (RUNNING, True)
+        await daemon.end(str(uuid))
+
         failing = True
         daemon, shell = await shells(lab)
-        with pytest.raises(StepError, match='cannot create "web": open store: no bridge br7'):
+        with pytest.raises(StepError, match='cannot create "web": readdress: no bridge br7'):
             await daemon.deliver(shell)
         await until(lambda: not lab.xen.domains)
         assert lab.names.uuid_of("web") is None

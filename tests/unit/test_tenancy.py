@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,28 @@ def test_a_private_store(host: Any, xendevd: list[str]) -> None:
     assert not stores.exists(base)
     assert not bus.exists(base)
     assert not bus.exists("/local/domain/0/backend/vif/5")
+
+
+@pytest.mark.parametrize("served", [PRIVATE, SHARED])
+def test_a_shell_is_told_its_name_and_addresses(host: Any, xendevd: list[str], served: str) -> None:
+    """Whose vif is plugged already, and stays so."""
+    bus, mac = host.bus, b"\x00\x16\x3e\x00\x00\x06"
+    base, vm = "/local/domain/5", f"/vm/{UUID % 5}"
+    shell = tenancy(host, served)
+    shell.config = replace(shell.config, name="shell")
+    perform(store.STEPS[:2], shell, [], subject="s")
+    named = tenancy(host, served)
+    named.macs = [mac]
+    perform(store.LATE_STEPS, named, [], subject="s")
+    nodes = bus if served == SHARED else host.stores
+    assert [nodes.read(f"{path}/name") for path in (base, vm)] == ["web", "web"]
+    assert nodes.read(f"{FRONT}/mac") == bus.read(f"{BACK}/mac") == mac.hex(":")
+    assert bus.read(f"{BACK}/domain") == "web"
+    assert bus.read(f"{BACK}/{hotplug.STATUS}") == hotplug.CONNECTED
+    if served == SHARED:
+        assert bus.perms(FRONT) == ["n5", "r0"]
+    store.renew(named, UUID % 5)
+    assert not nodes.exists(vm)
 
 
 def test_a_shared_one(host: Any, xendevd: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
