@@ -60,6 +60,7 @@ VERBS = {
     "top": Verb("top", "show what domains use, live"),
     "events": Verb("events", "print what happens to domains, as it happens"),
     "pool": Verb("pool", "list and change the shells that chaosd holds ready"),
+    "profile": Verb("profile", "show where the time of a create goes, from many of them"),
     "info": Verb("info", "print information on the host"),
 }
 

@@ -637,7 +637,13 @@ def profile_json(creation: Creation) -> dict[str, Any]:
 def profile_of(timings: Sequence[Timing], ready_ms: float | None) -> dict[str, Any]:
     """Timings as plain values: milliseconds for each step, their sums, and until ready."""
     steps = [
-        {"name": t.name, "phase": t.phase, "category": t.category, "ms": t.ns / 1e6}
+        {
+            "name": t.name,
+            "phase": t.phase,
+            "category": t.category,
+            "start_ns": t.start,
+            "ms": t.ns / 1e6,
+        }
         for t in timings
     ]
     prepare = sum(t.ns for t in timings if t.phase == PREPARE) / 1e6

@@ -311,6 +311,7 @@ class Calls:
             "domid": guest.domid,
             "outcome": outcome,
             "exit_code": words.exit_code if words else None,
+            "ready_ms": guest.ready_ms,
         }
 
     async def _pause(self, _connection: Connection, _ident: int, params: dict[str, Any]) -> Any:

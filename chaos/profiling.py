@@ -1,0 +1,150 @@
+"""What repeated creates of one configuration took: medians and p99 by step and by category. Pure.
+
+A sample is what `chaos create --json` prints of one create, with two things more: ``caller_ms``,
+which is how long the caller waited, and ``source``, which says where its shell came from. The
+categories are those of LightVM's Figure 5, and "guest boot", from unpause to the ready event.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from chaos.steps import BUS, CONFIG, DEVICES, EXECUTE, HYPERVISOR, IMAGE, PREPARE, TOOLSTACK
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Sample = dict[str, Any]
+
+BOOT = "guest boot"
+CATEGORIES = (CONFIG, TOOLSTACK, HYPERVISOR, BUS, DEVICES, IMAGE, BOOT)
+READY = "unpause to ready"
+WIDTH = 40
+PIDS = {PREPARE: 1, EXECUTE: 2, BOOT: 3}
+TRACKS = {1: "prepare: ahead of the create", 2: "execute: somebody waits", 3: "guest"}
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of all do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and p99 of milliseconds."""
+    return {"median_ms": quantile(values, 0.5), "p99_ms": quantile(values, 0.99)}
+
+
+def rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Each step, in order: where it begins after the first of its phase, and how long it takes."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for sample in samples:
+        first: dict[str, int] = {}
+        for step in (*sample["profile"]["steps"], *_boot(sample)):
+            phase = EXECUTE if step["phase"] == BOOT else step["phase"]
+            start = step["start_ns"] - first.setdefault(phase, step["start_ns"])
+            row = found.setdefault(
+                (phase, step["name"]),
+                {"name": step["name"], "phase": phase, "category": step["category"],
+                 "starts": [], "times": []},
+            )  # fmt: skip
+            row["starts"].append(start / 1e6)
+            row["times"].append(step["ms"])
+    return [
+        {
+            "name": row["name"],
+            "phase": row["phase"],
+            "category": row["category"],
+            "start_ms": quantile(row["starts"], 0.5),
+            **spread(row["times"]),
+        }
+        for row in sorted(found.values(), key=lambda row: row["phase"] == EXECUTE)
+    ]
+
+
+def _boot(sample: Sample) -> list[dict[str, Any]]:
+    """The guest's own part as a step; it begins when the last step is done."""
+    ready = sample["profile"]["ready_ms"]
+    if ready is None:
+        return []
+    last = sample["profile"]["steps"][-1]
+    start = last["start_ns"] + int(last["ms"] * 1e6)
+    return [{"name": READY, "phase": BOOT, "category": BOOT, "start_ns": start, "ms": ready}]
+
+
+def categories(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """Of each category that took part, the time of one create while somebody waited for it."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        sums: dict[str, float] = {}
+        for step in (*sample["profile"]["steps"], *_boot(sample)):
+            if step["phase"] != PREPARE or sample["source"] == "cold":
+                sums[step["category"]] = sums.get(step["category"], 0.0) + step["ms"]
+        for category, total in sums.items():
+            found.setdefault(category, []).append(total)
+    return {name: spread(found[name]) for name in CATEGORIES if name in found}
+
+
+def summary(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Everything that is shown, as plain values."""
+    profiles = [sample["profile"] for sample in samples]
+    ready = [profile["ready_ms"] for profile in profiles if profile["ready_ms"] is not None]
+    return {
+        "count": len(samples),
+        "sources": {
+            source: sum(sample["source"] == source for sample in samples)
+            for source in dict.fromkeys(sample["source"] for sample in samples)
+        },
+        "steps": rows(samples),
+        "categories": categories(samples),
+        "prepare": spread([profile["prepare_ms"] for profile in profiles]),
+        "execute": spread([profile["execute_ms"] for profile in profiles]),
+        "caller": spread([sample["caller_ms"] for sample in samples]),
+        "boot": spread(ready) if ready else None,
+    }
+
+
+def bar(start: float, length: float, total: float, width: int = WIDTH) -> str:
+    """A line of a waterfall: at least one mark, none beyond ``width``."""
+    if total <= 0:
+        return ""
+    at = min(int(start / total * width), width - 1)
+    marks = max(1, round(length / total * width))
+    return " " * at + "█" * min(marks, width - at)
+
+
+def waterfall(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The bar of each row, each phase on a scale of its own."""
+    ends: dict[str, float] = {}
+    for row in found:
+        end = row["start_ms"] + row["median_ms"]
+        ends[row["phase"]] = max(ends.get(row["phase"], 0.0), end)
+    return [bar(row["start_ms"], row["median_ms"], ends[row["phase"]]) for row in found]
+
+
+def trace(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The samples as Chrome trace events, on the host's monotonic clock.
+
+    The format is the Trace Event Format's JSON object, which Perfetto and chrome://tracing open;
+    a create is a thread of its own on each of the three tracks.
+    """
+    events: list[dict[str, Any]] = [
+        {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}
+        for pid, name in TRACKS.items()
+    ]
+    for number, sample in enumerate(samples, 1):
+        events += [
+            {
+                "name": step["name"],
+                "cat": step["category"],
+                "ph": "X",
+                "ts": step["start_ns"] / 1e3,
+                "dur": step["ms"] * 1e3,
+                "pid": PIDS[step["phase"]],
+                "tid": number,
+                "args": {"domain": sample["name"], "domid": sample["domid"]},
+            }
+            for step in (*sample["profile"]["steps"], *_boot(sample))
+        ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
