@@ -11,18 +11,25 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from chaos.steps import BUS, CONFIG, DEVICES, EXECUTE, HYPERVISOR, IMAGE, PREPARE, TOOLSTACK
+from chaos.xllog import MIXED, XL
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from chaos.schedule import Run
 
     Sample = dict[str, Any]
 
 BOOT = "guest boot"
-CATEGORIES = (CONFIG, TOOLSTACK, HYPERVISOR, BUS, DEVICES, IMAGE, BOOT)
+CATEGORIES = (CONFIG, TOOLSTACK, HYPERVISOR, MIXED, BUS, DEVICES, IMAGE, BOOT)
 READY = "unpause to ready"
 WIDTH = 40
-PIDS = {PREPARE: 1, EXECUTE: 2, BOOT: 3}
-TRACKS = {1: "prepare: ahead of the create", 2: "execute: somebody waits", 3: "guest"}
+TRACKS = {
+    PREPARE: "prepare: ahead of the create",
+    EXECUTE: "execute: somebody waits",
+    BOOT: "guest",
+    XL: "xl create, by its log",
+}
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -105,6 +112,19 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
+def against(samples: Sequence[Sample], shown: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of another toolstack's samples beside ``shown``, a summary of our own."""
+    times = spread([sample["caller_ms"] for sample in samples])
+    return {
+        "toolstack": samples[0]["source"],
+        **times,
+        "ratio": times["median_ms"] / shown["caller"]["median_ms"],
+        "logged": spread([sample["logged_ms"] for sample in samples]),
+        "steps": rows(samples),
+        "categories": categories(samples),
+    }
+
+
 def bar(start: float, length: float, total: float, width: int = WIDTH) -> str:
     """A line of a waterfall: at least one mark, none beyond ``width``."""
     if total <= 0:
@@ -123,28 +143,44 @@ def waterfall(found: Sequence[dict[str, Any]]) -> list[str]:
     return [bar(row["start_ms"], row["median_ms"], ends[row["phase"]]) for row in found]
 
 
-def trace(samples: Sequence[Sample]) -> dict[str, Any]:
+def trace(samples: Sequence[Sample], runs: Iterable[Run] = ()) -> dict[str, Any]:
     """The samples as Chrome trace events, on the host's monotonic clock.
 
     The format is the Trace Event Format's JSON object, which Perfetto and chrome://tracing open;
-    a create is a thread of its own on each of the three tracks.
+    a create is a thread of its own on each of the tracks, and the host's processes have one
+    track for each name, with the ``runs`` of their threads.
     """
-    events: list[dict[str, Any]] = [
-        {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}
-        for pid, name in TRACKS.items()
+    spans = [
+        {
+            "name": step["name"],
+            "cat": step["category"],
+            "ts": step["start_ns"] / 1e3,
+            "dur": step["ms"] * 1e3,
+            "pid": TRACKS[step["phase"]],
+            "tid": number,
+            "args": {"domain": sample["name"], "domid": sample["domid"]},
+        }
+        for number, sample in enumerate(samples, 1)
+        for step in (*sample["profile"]["steps"], *_boot(sample))
     ]
-    for number, sample in enumerate(samples, 1):
-        events += [
-            {
-                "name": step["name"],
-                "cat": step["category"],
-                "ph": "X",
-                "ts": step["start_ns"] / 1e3,
-                "dur": step["ms"] * 1e3,
-                "pid": PIDS[step["phase"]],
-                "tid": number,
-                "args": {"domain": sample["name"], "domid": sample["domid"]},
-            }
-            for step in (*sample["profile"]["steps"], *_boot(sample))
-        ]
+    spans += [
+        {
+            "name": f"on processor {run.cpu}",
+            "cat": "process",
+            "ts": run.start,
+            "dur": run.us,
+            "pid": f"process {run.name}",
+            "tid": run.pid,
+        }
+        for run in runs
+    ]
+    tracks = [*TRACKS.values(), *sorted({span["pid"] for span in spans} - {*TRACKS.values()})]
+    pids = {name: number for number, name in enumerate(tracks, 1)}
+    used = {span["pid"] for span in spans}
+    events: list[dict[str, Any]] = [
+        {"name": "process_name", "ph": "M", "pid": pids[name], "tid": 0, "args": {"name": name}}
+        for name in tracks
+        if name in used
+    ]
+    events += [{**span, "ph": "X", "pid": pids[span["pid"]]} for span in spans]
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -1,4 +1,4 @@
-"""chaos profile, cold and from the pool."""
+"""chaos profile: cold, from the pool, and against xl."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from chaosd import GUESTS, NONE, running
+from chaosd import DAYTIME, GUESTS, HELLO, NONE, running
 from command import chaos
 
 from chaos.client import Chaos
@@ -14,8 +14,8 @@ from chaos.client import Chaos
 if TYPE_CHECKING:
     from pathlib import Path
 
-DAYTIME = "/src/examples/daytime.cfg"
 KERNEL = f'kernel="{GUESTS}/daytime.elf"'
+HELLO_KERNEL = f'kernel="{GUESTS}/hello.elf"'
 
 pytestmark = pytest.mark.usefixtures("network", "nothing_left")
 
@@ -27,11 +27,21 @@ def test_cold(tmp_path: Path) -> None:
     assert shown["sources"] == {"cold": 3}
     assert {"hypervisor", "bus", "image", "guest boot"} <= shown["categories"].keys()
     assert shown["boot"]["median_ms"] > 0
-    spans = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
-    assert {span["tid"] for span in spans} == {1, 2, 3}
-    refused = chaos("profile", DAYTIME, KERNEL, "-n", "3", "--warm", check=False)
-    assert refused.returncode == 1
-    assert refused.stderr.count("\n") == 1
+    events = json.loads(trace.read_text())["traceEvents"]
+    steps = [event for event in events if event["ph"] == "X" and event["cat"] != "process"]
+    assert {step["tid"] for step in steps} == {1, 2, 3}
+    # The processes' clock is that of the steps: noxsd and xendevd ran while vifs were connected.
+    names = {e["args"]["name"]: e["pid"] for e in events if e["ph"] == "M"}
+    plugging = [step for step in steps if step["cat"] == "devices"]
+    for name in ("noxsd", "xendevd"):
+        runs = [e for e in events if e["pid"] == names[f"process {name}"] and e["ph"] == "X"]
+        assert any(
+            step["ts"] <= run["ts"] <= step["ts"] + step["dur"] for step in plugging for run in runs
+        )
+    for more, status in (("--warm", 1), ("--against=xl", 1), ("--plot=x.gif", 2)):
+        refused = chaos("profile", DAYTIME, KERNEL, "-n", "3", more, check=False)
+        assert refused.returncode == status, more
+        assert refused.stderr.count("\n") == 1, refused.stderr
 
 
 @pytest.mark.parametrize("kind", ["warm", "generic"])
@@ -41,3 +51,25 @@ def test_from_the_pool(kind: str) -> None:
         assert f"3 creates (3 {kind}); the caller waited" in said
         with Chaos() as client:
             assert client.call("pool.list") == []
+
+
+@pytest.mark.xenstored
+def test_against_xl(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    wanted = ["profile", HELLO, HELLO_KERNEL, "-n", "2", "--cold", "--against=xl"]
+    shown = json.loads(chaos(*wanted, "--json", f"--trace={trace}").stdout)
+    assert shown["against"]["ratio"] > 1
+    for category in ("configuration", "hypervisor or bus", "hypervisor", "bus", "image"):
+        assert shown["against"]["categories"][category]["median_ms"] > 0
+    xl = [sample for sample in shown["samples"] if sample["source"] == "xl"]
+    assert len(xl) == 2
+    assert all(sample["domid"] > 0 for sample in xl)
+    for sample in xl:
+        whole = sum(step["ms"] for step in sample["profile"]["steps"])
+        assert whole == pytest.approx(sample["logged_ms"])
+    events = json.loads(trace.read_text())["traceEvents"]
+    tracks = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {"process xl", "process xenstored", "xl create, by its log"} <= tracks
+    said = chaos("profile", DAYTIME, KERNEL, "-n", "1", "--cold", "--against=xl").stdout
+    assert "devices, hotplug" in said
+    assert "xl create took" in said

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from chaos import profiling
 from chaos.create import profile_of
+from chaos.schedule import Run
 from chaos.steps import DEVICES, EXECUTE, HYPERVISOR, IMAGE, PREPARE, Timing
+from chaos.xllog import MIXED, XL
 
 MS = 1_000_000
 milliseconds = st.floats(0, 1e6, allow_nan=False)
@@ -80,6 +82,31 @@ def test_a_trace_is_on_one_clock() -> None:
     assert (load["ts"], load["dur"], load["cat"]) == (2e9, 4000, IMAGE)
     boot = next(event for event in spans if event["pid"] == 3 and event["tid"] == 2)
     assert (boot["ts"], boot["dur"]) == (2e9 + 5000, 7000)
+
+
+def test_processes_have_a_track_for_each_name() -> None:
+    runs = [Run("noxsd", 7, 1, 50, 20), Run("chaosd", 8, 0, 55, 5), Run("noxsd", 7, 0, 90, 9)]
+    events = profiling.trace(SAMPLES[:1], runs)["traceEvents"]
+    names = {e["args"]["name"]: e["pid"] for e in events if e["ph"] == "M"}
+    assert len(set(names.values())) == len(names) == 5
+    spans = [e for e in events if e["pid"] == names["process noxsd"] and e["ph"] == "X"]
+    assert [(e["ts"], e["dur"], e["tid"]) for e in spans] == [(50, 20, 7), (90, 9, 7)]
+
+
+def test_against_another_toolstack() -> None:
+    steps = [
+        {"name": "a", "phase": XL, "category": "bus", "start_ns": 10, "ms": 30.0},
+        {"name": "b", "phase": XL, "category": MIXED, "start_ns": 30 * MS, "ms": 10.0},
+    ]
+    other = {
+        "name": "app", "domid": 4, "source": "xl", "caller_ms": 42.0, "logged_ms": 50.0,
+        "profile": {"steps": steps, "ready_ms": None},
+    }  # fmt: skip
+    found = profiling.against([other], profiling.summary(SAMPLES))
+    assert (found["toolstack"], found["median_ms"], found["ratio"]) == ("xl", 42, 6)
+    assert list(found["categories"]) == [MIXED, "bus"]
+    spans = profiling.trace([*SAMPLES, other])["traceEvents"]
+    assert [span["tid"] for span in spans if span["name"] == "b"] == [4]
 
 
 @given(st.lists(milliseconds, min_size=1))

@@ -1,0 +1,186 @@
+"""Creates made to be measured: each makes a guest, waits for it, and destroys it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from contextlib import ExitStack, contextmanager
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+from chaos import xllog
+from chaos.cli import NO_DAEMON
+from chaos.signals import held
+from xenctypes.errors import ChaosError, NoDaemon, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from chaos.client import Chaos
+    from chaos.config import DomainConfig
+    from chaos.invocation import Invocation
+
+    Sample = dict[str, Any]
+    Sampler = Callable[[], Sample]
+
+KEPT_FREE = 2  # shells of a flavour that is made for this
+
+
+@contextmanager
+def sampler(call: Invocation, config: DomainConfig, path: str) -> Iterator[Sampler]:
+    """Chaos's: cold, generic or warm, as the command line wants."""
+    kind = call.args.kind
+    with ExitStack() as stack:
+        if kind != "cold":
+            try:
+                chaos = stack.enter_context(_daemon(call))
+            except NoDaemon:
+                if kind is not None:
+                    raise
+                kind = "cold"
+        if kind == "cold":
+            yield stack.enter_context(_cold(call, config))
+        else:
+            yield stack.enter_context(_pooled(call, config, path, chaos, kind or "warm"))
+
+
+def _daemon(call: Invocation) -> Chaos:
+    from chaos.client import Chaos
+
+    if call.environ.get("CHAOS_NO_DAEMON"):
+        raise NoDaemon(f"{NO_DAEMON} was given", hint="profile with --cold, or without it")
+    return Chaos()
+
+
+@contextmanager
+def _cold(call: Invocation, config: DomainConfig) -> Iterator[Sampler]:
+    from chaos.builder import Builder
+    from chaos.create import Creation, profile_json, wait_ready
+
+    with Builder() as builder:
+
+        def sample() -> Sample:
+            creation = Creation(config, call.host, builder, call.names)
+            start = perf_counter_ns()
+            try:
+                creation.run()
+                elapsed = perf_counter_ns() - start
+                wait_ready(creation, call.args.ready_timeout)
+                made = {"name": config.name, "domid": creation.domid, "source": "cold"}
+                made |= {"caller_ms": elapsed / 1e6, "profile": profile_json(creation)}
+            finally:
+                with held():
+                    left = creation.undo() if creation.domid >= 0 else []
+            if left:
+                raise StateError("; ".join(left))
+            return made
+
+        yield sample
+
+
+@contextmanager
+def _pooled(
+    call: Invocation, config: DomainConfig, path: str, chaos: Chaos, kind: str
+) -> Iterator[Sampler]:
+    """From a flavour of its own, which goes in the end."""
+    flavour = f"profile-{os.getpid()}"
+    chaos.call("pool.add", flavour=_flavour(config, flavour, kind))
+    try:
+
+        def sample() -> Sample:
+            (before,) = chaos.call("pool.wait", names=[flavour])
+            start = perf_counter_ns()
+            made = chaos.create(path, [*call.args.overrides], name=config.name)
+            elapsed = perf_counter_ns() - start
+            try:
+                if made["noxs"]:
+                    seconds = call.args.ready_timeout
+                    outcome = chaos.call("wait", domain=made["uuid"], timeout=seconds)
+                    made["profile"]["ready_ms"] = outcome["ready_ms"]
+            finally:
+                with held():
+                    chaos.call("destroy", domains=[made["uuid"]])
+            (after,) = (f for f in chaos.call("pool.list") if f["name"] == flavour)
+            if after["served"] == before["served"]:
+                raise StateError(
+                    f'chaosd made "{config.name}" without the shells of its shape',
+                    hint="vifs with more than a bridge need a flavour of chaos.toml: see --cold",
+                )
+            return made | {"caller_ms": elapsed / 1e6, "source": kind}
+
+        yield sample
+    finally:
+        with held():
+            chaos.call("pool.remove", name=flavour)
+
+
+def _flavour(config: DomainConfig, name: str, kind: str) -> dict[str, Any]:
+    """The flavour whose shells such a guest comes from, as in chaos.toml."""
+    table: dict[str, Any] = {
+        "name": name, "type": config.type, "memory": config.memory, "maxmem": config.maxmem,
+        "vcpus": config.vcpus, "maxvcpus": config.maxvcpus, "size": KEPT_FREE,
+        "metadata": len(config.metadata),
+        "vif": [f"bridge={vif.bridge}" for vif in config.vifs],
+    }  # fmt: skip
+    if kind == "warm":
+        table |= {"kernel": config.kernel, "ramdisk": config.ramdisk, "cmdline": config.cmdline}
+    return table
+
+
+def xl_sampler(path: str, overrides: Sequence[str], name: str) -> Sampler:
+    """xl's: the whole command as it is, and once more with its log, for the steps."""
+
+    def sample() -> Sample:
+        start, end, _ = _xl(["create", "-q"], path, overrides, name)
+        begun, ended, log = _xl(["-vvv", "create", "-q"], path, overrides, name)
+        return {
+            "name": name,
+            "domid": _domid(log),
+            "source": "xl",
+            "caller_ms": (end - start) / 1e6,
+            "logged_ms": (ended - begun) / 1e6,
+            "profile": {"steps": xllog.steps(log, begun, ended), "ready_ms": None},
+        }
+
+    return sample
+
+
+def _xl(
+    verb: Sequence[str], path: str, overrides: Sequence[str], name: str
+) -> tuple[int, int, list[tuple[int, str]]]:
+    """A guest made by xl, and destroyed: when xl began and ended, and the lines it wrote."""
+    command = ["xl", *verb, path, *overrides, f'name="{name}"']
+    log: list[tuple[int, str]] = []
+    start = perf_counter_ns()
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+    except FileNotFoundError as error:
+        raise ChaosError("xl is not installed", hint="profile without --against") from error
+    with process:
+        assert process.stderr is not None
+        log += [(perf_counter_ns(), line.rstrip("\n")) for line in process.stderr]
+        status = process.wait()
+        end = perf_counter_ns()
+    if status:
+        last = log[-1][1] if log else "it does not say why"
+        raise ChaosError(f"xl create failed: {last}", hint="xl needs a host with xenstored")
+    done = subprocess.run(["xl", "destroy", name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ChaosError(f"xl destroy {name} failed: {done.stderr.strip()}")
+    return start, end, log
+
+
+def _domid(log: Sequence[tuple[int, str]]) -> int:
+    """The domain that libxl's lines are about, or -1."""
+    for _, line in log:
+        before, found, after = line.partition("Domain ")
+        if found and before and (number := after.partition(":")[0]).isdecimal():
+            return int(number)
+    return -1
