@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,17 @@ from xenctypes.errors import ChaosError, NoDaemon, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from chaos.client import Chaos
     from chaos.config import DomainConfig
     from chaos.invocation import Invocation
 
     Sample = dict[str, Any]
-    Sampler = Callable[[], Sample]
+    Sampler = Callable[..., Sample]
+    """Takes a sample; ``around`` is entered for just as long as the create takes."""
 
+UNWATCHED = nullcontext()
 KEPT_FREE = 2  # shells of a flavour that is made for this
 
 
@@ -59,12 +62,13 @@ def _cold(call: Invocation, config: DomainConfig) -> Iterator[Sampler]:
 
     with Builder() as builder:
 
-        def sample() -> Sample:
+        def sample(around: AbstractContextManager[None] = UNWATCHED) -> Sample:
             creation = Creation(config, call.host, builder, call.names)
-            start = perf_counter_ns()
             try:
-                creation.run()
-                elapsed = perf_counter_ns() - start
+                with around:
+                    start = perf_counter_ns()
+                    creation.run()
+                    elapsed = perf_counter_ns() - start
                 wait_ready(creation, call.args.ready_timeout)
                 made = {"name": config.name, "domid": creation.domid, "source": "cold"}
                 made |= {"caller_ms": elapsed / 1e6, "profile": profile_json(creation)}
@@ -87,11 +91,12 @@ def _pooled(
     chaos.call("pool.add", flavour=_flavour(config, flavour, kind))
     try:
 
-        def sample() -> Sample:
+        def sample(around: AbstractContextManager[None] = UNWATCHED) -> Sample:
             (before,) = chaos.call("pool.wait", names=[flavour])
-            start = perf_counter_ns()
-            made = chaos.create(path, [*call.args.overrides], name=config.name)
-            elapsed = perf_counter_ns() - start
+            with around:
+                start = perf_counter_ns()
+                made = chaos.create(path, [*call.args.overrides], name=config.name)
+                elapsed = perf_counter_ns() - start
             try:
                 if made["noxs"]:
                     seconds = call.args.ready_timeout
@@ -130,8 +135,8 @@ def _flavour(config: DomainConfig, name: str, kind: str) -> dict[str, Any]:
 def xl_sampler(path: str, overrides: Sequence[str], name: str) -> Sampler:
     """xl's: the whole command as it is, and once more with its log, for the steps."""
 
-    def sample() -> Sample:
-        start, end, _ = _xl(["create", "-q"], path, overrides, name)
+    def sample(around: AbstractContextManager[None] = UNWATCHED) -> Sample:
+        start, end, _ = _xl(["create", "-q"], path, overrides, name, around)
         begun, ended, log = _xl(["-vvv", "create", "-q"], path, overrides, name)
         return {
             "name": name,
@@ -146,28 +151,21 @@ def xl_sampler(path: str, overrides: Sequence[str], name: str) -> Sampler:
 
 
 def _xl(
-    verb: Sequence[str], path: str, overrides: Sequence[str], name: str
+    verb: Sequence[str],
+    path: str,
+    overrides: Sequence[str],
+    name: str,
+    around: AbstractContextManager[None] = UNWATCHED,
 ) -> tuple[int, int, list[tuple[int, str]]]:
     """A guest made by xl, and destroyed: when xl began and ended, and the lines it wrote."""
     command = ["xl", *verb, path, *overrides, f'name="{name}"']
-    log: list[tuple[int, str]] = []
-    start = perf_counter_ns()
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        with around:
+            start = perf_counter_ns()
+            status, log = _run(command)
+            end = perf_counter_ns()
     except FileNotFoundError as error:
         raise ChaosError("xl is not installed", hint="profile without --against") from error
-    with process:
-        assert process.stderr is not None
-        log += [(perf_counter_ns(), line.rstrip("\n")) for line in process.stderr]
-        status = process.wait()
-        end = perf_counter_ns()
     if status:
         last = log[-1][1] if log else "it does not say why"
         raise ChaosError(f"xl create failed: {last}", hint="xl needs a host with xenstored")
@@ -175,6 +173,21 @@ def _xl(
     if done.returncode:
         raise ChaosError(f"xl destroy {name} failed: {done.stderr.strip()}")
     return start, end, log
+
+
+def _run(command: Sequence[str]) -> tuple[int, list[tuple[int, str]]]:
+    """Run it: its exit status, and what it wrote to its standard error, with the times."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stderr is not None
+        log = [(perf_counter_ns(), line.rstrip("\n")) for line in process.stderr]
+        return process.wait(), log
 
 
 def _domid(log: Sequence[tuple[int, str]]) -> int:

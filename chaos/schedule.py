@@ -1,22 +1,16 @@
-"""Which of the host's processes ran when, from the kernel's scheduler (tracefs, sched_switch).
-
-The kernel's "mono" trace clock is CLOCK_MONOTONIC, that of every timing of ours. An instance of
-the tracer's own is used, so that nobody else's tracing is touched.
-"""
+"""Which of the host's processes ran when, from the kernel's scheduler."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from xenctypes.errors import ChaosError
+from chaos.tracefs import tracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-TRACEFS = "/sys/kernel/tracing"
 BUFFER_KB = 4096  # for each processor; the oldest events go first
 NAMES = ("chaos", "noxsd", "storesd", "xendevd", "xenstored", "oxenstored", "xl", "xenbus",
          "xenwatch", "vif")  # fmt: skip
@@ -59,42 +53,16 @@ def runs(lines: Iterable[str], wanted: Callable[[str], bool]) -> list[Run]:
 def recorded() -> Iterator[Callable[[], list[Run]]]:
     """Record all switches within; what is yielded ends the recording and gives the runs.
 
-    Raises ChaosError where the kernel does not let us.
+    Those of threads that may take part in a create: of NAMES, and of our own. Raises ChaosError
+    where the kernel does not let us.
     """
-    instance = f"{TRACEFS}/instances/chaos-{os.getpid()}"
-    with _explained():
-        os.mkdir(instance)
-    try:
-        with _explained():
-            _set(f"{instance}/trace_clock", "mono")
-            _set(f"{instance}/buffer_size_kb", str(BUFFER_KB))
-            _set(f"{instance}/events/sched/sched_switch/enable", "1")
-        yield lambda: _read(instance)
-    finally:
-        os.rmdir(instance)
+    with tracer(["sched:sched_switch"], BUFFER_KB) as found:
+        found.switch(on=True)
 
+        def end() -> list[Run]:
+            with open("/proc/self/comm", encoding="utf-8", errors="replace") as file:
+                own = file.read().rstrip("\n")
+            found.switch(on=False)
+            return runs(found.lines(), lambda name: name == own or name.startswith(NAMES))
 
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ChaosError(
-            f"the kernel's scheduler cannot be traced: {error.strerror}: {error.filename}",
-            hint=f"as root, with tracefs mounted at {TRACEFS}",
-        ) from error
-
-
-def _read(instance: str) -> list[Run]:
-    """The runs of threads that may take part in a create: those of NAMES, and our own."""
-    with open("/proc/self/comm", encoding="utf-8", errors="replace") as file:
-        own = file.read().rstrip("\n")
-    with _explained():
-        _set(f"{instance}/tracing_on", "0")
-        with open(f"{instance}/trace", encoding="utf-8", errors="replace") as file:
-            return runs(file, lambda name: name == own or name.startswith(NAMES))
-
-
-def _set(path: str, value: str) -> None:
-    with open(path, "w", encoding="ascii") as file:
-        file.write(value)
+        yield end

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chaos import config as configuration
-from chaos import plot, profiling, schedule
+from chaos import counting, countview, plot, profiling, schedule
 from chaos.cli import seconds as duration
 from chaos.progress import progress
 from chaos.sampler import sampler, xl_sampler
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from chaos.config import DomainConfig
+    from chaos.counting import Counts
     from chaos.invocation import Invocation
     from chaos.profiling import Sample
     from chaos.schedule import Run
@@ -79,6 +80,11 @@ def configure(parser: ArgumentParser, name: str) -> None:
         metavar="S",
         help="how long to wait for each guest's ready event (default %(default)s s)",
     )
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="rather than time creates, count what one asks of the hypervisor and the kernel",
+    )
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     parser.add_argument(
         "--trace", metavar="FILE", help="write Chrome trace events, which Perfetto opens"
@@ -94,6 +100,8 @@ def run(call: Invocation) -> int:
     args = call.args
     if args.creates < 1:
         raise UsageError("chaos profile: -n needs a number from 1", hint="see --help")
+    if args.count and (args.trace or args.plot):
+        raise UsageError("chaos profile: --count has no times for --trace and --plot")
     plt = plot.pyplot("chaos profile: --plot", args.plot) if args.plot else None
     path = os.path.join(call.directory, args.config)
     config, warnings = configuration.load(path, args.overrides)
@@ -101,6 +109,8 @@ def run(call: Invocation) -> int:
         call.warn(warning)
     configuration.supported(config)
     config = replace(config, name=f"{config.name}-profile", uuid=None)
+    if args.count:
+        return _count(call, config, path)
     found = _sample(call, config, path)
     shown = profiling.summary(found.samples)
     if found.others:
@@ -120,6 +130,28 @@ def run(call: Invocation) -> int:
         call.print_json({**shown, "samples": everything})
     else:
         _show(call, shown)
+    return 0
+
+
+def _count(call: Invocation, config: DomainConfig, path: str) -> int:
+    """Count what one create does, by each toolstack; one before it makes all that is made once."""
+    args = call.args
+    found: dict[str, Counts] = {}
+    with ExitStack() as stack:
+        if args.against:
+            other = xl_sampler(path, args.overrides, config.name)
+            with counting.counter() as (watched, counts):
+                other(watched())
+            found["xl"] = counts
+        sample = stack.enter_context(sampler(call, config, path))
+        sample()
+        with counting.counter() as (watched, counts):
+            made = sample(watched())
+        found = {made["source"]: counts, **found}
+    if args.json:
+        call.print_json(found)
+    else:
+        call.print(*countview.lines(found))
     return 0
 
 

@@ -49,6 +49,11 @@ def test_from_the_pool(kind: str) -> None:
     with running(NONE):
         said = chaos("profile", DAYTIME, KERNEL, "-n", "3", f"--{kind}").stdout
         assert f"3 creates (3 {kind}); the caller waited" in said
+        wanted = ("profile", DAYTIME, KERNEL, "--count", f"--{kind}")
+        counts = json.loads(chaos(*wanted, "--json").stdout)[kind]
+        calls = {row["name"]: row["count"] for row in counts["hypercalls"]}
+        assert calls["domctl unpausedomain"] == 1
+        assert counts["system_calls"]["chaosd"]["sockets"] > 0
         with Chaos() as client:
             assert client.call("pool.list") == []
 
@@ -73,3 +78,12 @@ def test_against_xl(tmp_path: Path) -> None:
     said = chaos("profile", DAYTIME, KERNEL, "-n", "1", "--cold", "--against=xl").stdout
     assert "devices, hotplug" in said
     assert "xl create took" in said
+    counts = json.loads(chaos(*wanted, "--count", "--json").stdout)
+    assert counts.keys() == {"cold", "xl"}
+    for toolstack in counts.values():
+        calls = {row["name"]: row for row in toolstack["hypercalls"]}
+        assert calls["domctl createdomain"]["count"] == 1
+        assert calls["domctl createdomain"]["ms"] > 0
+        assert toolstack["frames_mapped"] > 20
+    assert counts["xl"]["hypercalls_total"] > counts["cold"]["hypercalls_total"]
+    assert counts["xl"]["system_calls"]["xl"]["ioctl"] > 0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos import schedule
+from chaos import schedule, tracefs
 from chaos.schedule import Run
 from xenctypes.errors import ChaosError
 
@@ -47,6 +47,6 @@ def test_anything_is_read(lines: list[str]) -> None:
 
 
 def test_a_kernel_that_does_not_let_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "TRACEFS", "/nowhere")
+    monkeypatch.setattr(tracefs, "TRACEFS", "/nowhere")
     with pytest.raises(ChaosError, match="cannot be traced: No such file"), schedule.recorded():
         pass
