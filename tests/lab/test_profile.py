@@ -32,7 +32,7 @@ def test_cold(tmp_path: Path) -> None:
     assert {step["tid"] for step in steps} == {1, 2, 3}
     # The processes' clock is that of the steps: noxsd and xendevd ran while vifs were connected.
     names = {e["args"]["name"]: e["pid"] for e in events if e["ph"] == "M"}
-    plugging = [step for step in steps if step["cat"] == "devices"]
+    plugging = [step for step in steps if step["name"] == "connect vifs"]
     for name in ("noxsd", "xendevd"):
         runs = [e for e in events if e["pid"] == names[f"process {name}"] and e["ph"] == "X"]
         assert any(
