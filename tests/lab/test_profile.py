@@ -49,13 +49,19 @@ def test_from_the_pool(kind: str) -> None:
     with running(NONE):
         said = chaos("profile", DAYTIME, KERNEL, "-n", "3", f"--{kind}").stdout
         assert f"3 creates (3 {kind}); the caller waited" in said
+        with Chaos() as client:
+            assert client.call("pool.list") == []
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["warm", "generic"])
+def test_counted_from_the_pool(kind: str) -> None:
+    with running(NONE):
         wanted = ("profile", DAYTIME, KERNEL, "--count", f"--{kind}")
         counts = json.loads(chaos(*wanted, "--json").stdout)[kind]
         calls = {row["name"]: row["count"] for row in counts["hypercalls"]}
         assert calls["domctl unpausedomain"] == 1
         assert counts["system_calls"]["chaosd"]["sockets"] > 0
-        with Chaos() as client:
-            assert client.call("pool.list") == []
 
 
 @pytest.mark.xenstored
@@ -78,6 +84,12 @@ def test_against_xl(tmp_path: Path) -> None:
     said = chaos("profile", DAYTIME, KERNEL, "-n", "1", "--cold", "--against=xl").stdout
     assert "devices, hotplug" in said
     assert "xl create took" in said
+
+
+@pytest.mark.thorough
+@pytest.mark.xenstored
+def test_counted_against_xl() -> None:
+    wanted = ["profile", HELLO, HELLO_KERNEL, "-n", "2", "--cold", "--against=xl"]
     counts = json.loads(chaos(*wanted, "--count", "--json").stdout)
     assert counts.keys() == {"cold", "xl"}
     for toolstack in counts.values():
