@@ -8,7 +8,7 @@ import signal
 import socket
 import struct
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,3 +133,12 @@ def openvswitch() -> Iterator[str]:
         subprocess.run(["ovs-vsctl", "del-br", "ovs0"], check=True)
     finally:
         subprocess.run([control, "stop"], check=True)
+
+
+def loops() -> dict[str, str]:
+    """Files behind loop devices, by the devices' names."""
+    found = {}
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # one that goes this moment
+            found[path.parts[3]] = path.read_text().strip()
+    return found

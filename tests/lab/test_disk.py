@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from chaosd import GUESTS, running
 from command import chaos
-from daemons import ensure_bus, ensure_xendevd
+from daemons import ensure_bus, ensure_xendevd, loops
 from test_create import Footprint
 from waiting import wait_for
 
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
 DISK = "examples/disk.cfg"
 BACKENDS = "/local/domain/0/backend/vbd"
-
-
-def loops() -> dict[str, str]:
-    """Files behind loop devices, by the devices' names."""
-    found = {}
-    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        found[path.parts[3]] = path.read_text().strip()
-    return found
 
 
 def create(name: str, *disks: str, more: tuple[str, ...] = ()) -> dict[str, object]:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
-from daemons import ensure_bus, stop_xendevd
+from daemons import ensure_bus, loops, stop_xendevd
 from waiting import wait_for
 
 from noxs import blockdev, hotplug
@@ -288,14 +288,6 @@ def test_it_outlives_the_store(daemon: Xendevd) -> None:
     assert "there is no bridge" in daemon.verdict(daemon.vif(903, bridge="nowhere0"))
     assert daemon.process is not None
     assert daemon.process.poll() is None
-
-
-def loops() -> dict[str, str]:
-    """What the loop devices are bound to that have a backing file, by their names."""
-    found = {}
-    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        found[path.parts[3]] = path.read_text().strip()
-    return found
 
 
 def opened(path: str) -> str:
