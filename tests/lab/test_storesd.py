@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import random
 import signal
 import socket
 import sys
@@ -24,6 +23,8 @@ from daemons import (
     storesd_pid,
     storesd_serves,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from waiting import wait_for
 
 from chaos import config as configuration
@@ -45,6 +46,7 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from xenbus_peer import Peer
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Iterator
 
 HELLO = "examples/hello.cfg"
@@ -220,12 +222,11 @@ LOOSE = frozenset({wire.READ, wire.WRITE, wire.MKDIR, wire.DIRECTORY})
 """Operations that are also tried on OTHERS."""
 
 
-def requests(seed: int, domid: int) -> list[tuple[str, int, int, bytes]]:
+def requests(chance: random.Random, domid: int) -> list[tuple[str, int, int, bytes]]:
     """Random requests of the guest and writes of the toolstack, which lead to conflicts.
 
     Left out is what xenstored's releases answer differently among themselves, as for noxsd.
     """
-    chance = random.Random(seed)
     values = {b"d": domid, b"b": b"/local/domain/%d" % domid}
     script = []
     started = 0
@@ -282,7 +283,7 @@ def both(creation: Creation, bus: Bus) -> Iterator[tuple[Theirs, Ours]]:
             bus.rm_many(tops)
 
 
-def compare(theirs: Theirs, ours: Ours, bus: Bus, script: Any, told: str) -> None:
+def compare(theirs: Theirs, ours: Ours, bus: Bus, script: Any) -> None:
     for number, (who, op, tx, payload) in enumerate(script):
         request = b""
         if who == "tool":
@@ -291,22 +292,32 @@ def compare(theirs: Theirs, ours: Ours, bus: Bus, script: Any, told: str) -> Non
         else:
             request = wire.pack(op, number + 1, tx, payload)
         real, mine = answers(theirs, request), answers(ours, request)
-        assert mine == real, f"{told}, request {number}: {(who, op, tx, payload)}"
+        assert mine == real, f"request {number}: {(who, op, tx, payload)} of {script}"
 
 
 @pytest.mark.xenstored
-def test_a_guest_is_answered_as_by_xenstored(tmp_path: Path) -> None:
+def test_a_guest_is_answered_as_by_xenstored(thorough: bool) -> None:
+    """By sequences that hypothesis makes, and makes short when they differ."""
     config = configuration.load(HELLO, [])[0]
-    begin = time.monotonic()
+    tried = 0
     with built(config) as creation, Bus.connect() as bus:
-        seeds = 0
-        while seeds < 200 and time.monotonic() < begin + 25:
+
+        @settings(
+            max_examples=300 if thorough else 25,
+            deadline=None,
+            derandomize=not thorough,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.randoms(use_true_random=False))
+        def alike(chance: random.Random) -> None:
+            nonlocal tried
+            tried += 1
             with both(creation, bus) as (theirs, ours):
-                script = requests(seeds, creation.domid)
-                compare(theirs, ours, bus, script, f"seed {seeds}")
-            seeds += 1
-    assert seeds >= 10
-    Path("/out/storesd-differential").write_text(f"{seeds}\n")
+                compare(theirs, ours, bus, requests(chance, creation.domid))
+
+        alike()
+    assert tried >= 20
 
 
 def tally(side: Theirs | Ours, op: int, payloads: list[bytes]) -> tuple[int, set[bytes]]:
