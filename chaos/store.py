@@ -206,14 +206,6 @@ def readdress(tenancy: Tenancy) -> None:
         host.bus.write_many(shared)
 
 
-def renew(tenancy: Tenancy, uuid: str) -> None:
-    """Give up the store of a guest that had another UUID when it was made. Raises BusError.
-
-    Its devices are taken away when it is opened anew.
-    """
-    release(tenancy.host, tenancy.service, tenancy.domid, uuid)
-
-
 def _names(domid: int, uuid: str, name: str) -> list[tuple[str, str]]:
     return [(f"/local/domain/{domid}/name", name), (f"/vm/{uuid}/name", name)]
 

@@ -370,13 +370,16 @@ class Daemon:
                     raise StateError("somebody else destroyed it or let it run")
                 tenancy, steps = delivery.tenancy(host), store.LATE_STEPS
                 if delivery.shell_uuid:
-                    store.renew(tenancy, delivery.shell_uuid)
+                    # What its devices left is cleared when the store is opened anew.
+                    store.release(host, shell.store, shell.domid, delivery.shell_uuid)
                     steps = store.STEPS
                 perform(steps, tenancy, delivery.timings, subject=subject)
                 delivery.bare = False
+                if not paused:
+                    return
                 with names.locked():
                     record = names.read(shell.uuid)
-                    if paused and record is not None:
+                    if record is not None:
                         record.paused = True
                         entry.write(record)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from command import chaos
 from daemons import end, ensure_bus, start
-from waiting import POLL, wait_for
+from waiting import wait_for
 
 from chaos import config as configuration
 from chaos import frames
@@ -114,10 +114,11 @@ def tell() -> Iterator[Callable[..., Any]]:
             return asyncio.run(told())
 
         yield run
-        deadline = time.monotonic() + PATIENCE
-        while {info.domid for info in host.ctrl.domain_list()} - before:
-            assert time.monotonic() < deadline, "a domain does not go"
-            time.sleep(POLL)
+        wait_for(
+            lambda: {info.domid for info in host.ctrl.domain_list()} <= before,
+            "a domain does not go",
+            PATIENCE,
+        )
 
 
 async def holds(condition: Callable[[], object], what: str) -> None:

@@ -162,7 +162,7 @@ def test_a_shell_is_told_its_name_and_addresses(host: Any, xendevd: list[str], s
     assert bus.read(f"{BACK}/{hotplug.STATUS}") == hotplug.CONNECTED
     if served == SHARED:
         assert bus.perms(FRONT) == ["n5", "r0"]
-    store.renew(named, UUID % 5)
+    store.release(host, served, 5, UUID % 5)
     assert not nodes.exists(vm)
 
 
