@@ -22,12 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from dom0 import cpu_seconds, rss_kib
+
 from noxs import wire
 from noxs.bus import SOCKETS, Bus
 
 XENSTORED = [path for path in SOCKETS if "xenstored" in path]
 Figures = dict[str, float]
-TICKS = os.sysconf("SC_CLK_TCK")
 
 # What netback reads and writes for one vif, besides its watches
 # (drivers/xen/xenbus/xenbus_probe_backend.c, drivers/net/xen-netback/xenbus.c of Linux 6.1).
@@ -79,15 +80,11 @@ class Server:
 
     def cpu(self) -> float:
         """Seconds of processor time that the server has used."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        return cpu_seconds(self.pid)
 
     def resident(self) -> int:
         """KiB of memory."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1])
-        return 0
+        return rss_kib(self.pid)
 
 
 def round_trips(server: Server, op: int, payload: bytes, reply: bytes, count: int) -> Figures:

@@ -52,13 +52,24 @@ def ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(over) / statistics.median(under)
 
 
-def spawn(*argv: str) -> None:
-    """Run a command to its end; SystemExit if it fails."""
+def launch(*argv: str) -> int:
+    """Start a command, its standard output dropped; its pid."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         actions = [(os.POSIX_SPAWN_DUP2, null, 1)]
-        pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions)
+        return os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions)
     finally:
         os.close(null)
-    if os.waitpid(pid, 0)[1]:
-        raise SystemExit(f"failed: {' '.join(argv)}")
+
+
+def spawn(*argv: str) -> None:
+    """Run a command to its end; SystemExit if it fails."""
+    spawn_all(argv)
+
+
+def spawn_all(*commands: tuple[str, ...]) -> None:
+    """Run commands at once, until all have ended; SystemExit if one fails."""
+    pids = {launch(*argv): argv for argv in commands}
+    failed = [argv for pid, argv in pids.items() if os.waitpid(pid, 0)[1]]
+    if failed:
+        raise SystemExit(f"failed: {' '.join(failed[0])}")

@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from time import perf_counter_ns
 
+from dom0 import PATIENCE, TREE, connect, start_chaosd, start_daemons, wait
 from figures import ratio, spawn, summary
-from pool import PATIENCE, TREE, connect, start_chaosd, start_daemons, wait
 
 sys.path.append(str(TREE / "tests/lab"))  # the kernel and the ramdisk are those of the tests
 from stock import initramfs, unpacked

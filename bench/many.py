@@ -17,8 +17,17 @@ import sys
 import time
 from pathlib import Path
 
+from dom0 import (
+    TREE,
+    connect,
+    cpu_seconds,
+    filled,
+    rss_kib,
+    start_chaosd,
+    start_daemons,
+    wait,
+)
 from figures import clock, local, ratio, summary
-from pool import TREE, connect, start_chaosd, start_daemons, wait
 
 SETTINGS = """
 [pool]
@@ -33,20 +42,6 @@ size = 16
 SETTLE_SECONDS = 5.0
 IDLE_SECONDS = 30.0
 WARM_UP = 30  # the first creates run code that the emulator has not translated yet
-
-
-def rss_kib(pid: int) -> int:
-    """Resident memory of a process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    raise SystemExit("no VmRSS")
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> int:
@@ -65,14 +60,13 @@ def main() -> int:
     try:
         with connect() as chaos:
 
-            def filled() -> bool:
-                flavour = chaos.call("pool.list")[0]
-                return bool(flavour["ready"] == flavour["size"] and not flavour["making"])
+            def rest() -> None:
+                wait(lambda: filled(chaos), "the pool is not filled")
 
             def samples(tag: str, count: int = args.count) -> list[float]:
                 found = []
                 for number in range(count):
-                    wait(filled, "the pool is not filled")
+                    rest()
                     name = f"{tag}{number}"
                     found.append(clock(lambda name=name: chaos.create(config, name=name)))
                     chaos.destroy(name)
@@ -81,14 +75,14 @@ def main() -> int:
             samples("warm-up", WARM_UP)
             chaos.create(config, name="one")
             few = samples("few")
-            wait(filled, "the pool is not filled")
+            rest()
             before = rss_kib(daemon.pid)
             start = time.monotonic()
             for number in range(args.guests):
                 chaos.create(config, name=f"g{number}")
                 if number % 50 == 49:
                     sys.stderr.write(f"{number + 1} guests, {time.monotonic() - start:.0f} s\n")
-            wait(filled, "the pool is not filled")
+            rest()
             result["daemon_kib_per_guest"] = (rss_kib(daemon.pid) - before) / args.guests
             time.sleep(SETTLE_SECONDS)
             used = cpu_seconds(daemon.pid)

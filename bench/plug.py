@@ -35,6 +35,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
+from dom0 import cpu_seconds, process
 from figures import clock, spawn, summary
 
 from noxs import hotplug
@@ -140,22 +141,6 @@ def burst(count: int) -> dict[str, Any]:
         "xendevd_cpu_per_vif_ms": (after - before) * 1000 / count,
         "removed_s": monotonic() - plugged,
     }
-
-
-def process(name: str) -> int:
-    """The pid of the process of that name."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if (entry / "comm").read_text() == f"{name}\n":
-                    return int(entry.name)
-    raise SystemExit(f"{name} is not running")
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

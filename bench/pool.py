@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -35,19 +34,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dom0 import TREE, Asker, connect, filled, runs_xenstored, start_chaosd, start_daemons, wait
 from figures import clock, local, ratio, spawn, summary
-
-from chaos import frames
-from chaos.client import Chaos
-from chaos.connection import SOCKET
-from noxs import hotplug
-from noxs.bus import Bus
-from xenctypes.errors import BusError, ChaosError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TREE = Path(__file__).resolve().parent.parent
+    from chaos.client import Chaos
+
 SETTINGS = """
 [pool]
 adaptive = false
@@ -71,46 +65,6 @@ memory = 5
 size = 2
 """
 FLAVOURS = {"refill": "daytime", "refill_plain": "plain"}
-PATIENCE = 120.0
-
-
-def wait(condition: Callable[[], object], what: str) -> None:
-    """Wait for what no event tells of."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit(what)
-        time.sleep(0.01)
-
-
-def start_daemons() -> None:
-    """Noxsd where no xenstored runs, xendevd, chaosd."""
-    try:
-        Bus.connect(patience=0.1).close()
-    except BusError:
-        subprocess.Popen(["noxsd"])
-        wait(lambda: Path("/run/noxs/socket").exists(), "noxsd does not start")
-    if not hotplug.running():
-        subprocess.Popen(["xendevd"])
-        wait(hotplug.running, "xendevd does not start")
-
-
-def start_chaosd(settings: Path) -> subprocess.Popen[bytes]:
-    """The daemon; its log is /run/chaosd.log."""
-    with Path("/run/chaosd.log").open("ab") as log:
-        return subprocess.Popen(["chaosd", "--config", str(settings)], stderr=log)
-
-
-def connect() -> Chaos:
-    """A client, once the daemon answers."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return Chaos()
-        except ChaosError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
 
 
 class Bench:
@@ -123,8 +77,7 @@ class Bench:
         self.rows: dict[str, list[float]] = {}
         self.steps: dict[str, dict[str, list[float]]] = {}
         self.number = 0
-        self.plain = socket.socket(socket.AF_UNIX)
-        self.plain.connect(SOCKET)
+        self.plain = Asker()
 
     def add(self, row: str, action: Callable[[], object]) -> None:
         """Take one sample."""
@@ -132,12 +85,7 @@ class Bench:
 
     def filled(self) -> None:
         """Wait until the pool is full and the makers rest."""
-
-        def full() -> bool:
-            flavours = self.chaos.call("pool.list")
-            return all(f["ready"] == f["size"] and not f["making"] for f in flavours)
-
-        wait(full, "the pool is not filled")
+        wait(lambda: filled(self.chaos), "the pool is not filled")
 
     def ask(self, row: str, path: str, *overrides: str, wait_ready: float = 0) -> None:
         """Take one sample of a create that is asked for by hand: the daemon's own time."""
@@ -147,21 +95,10 @@ class Bench:
             "overrides": [*overrides, f'name="b{self.number}"'],
             "wait_ready": wait_ready,
         }
-        request = frames.pack_request(self.number, "create", params)
-        splitter = frames.Splitter()
-        replies: list[bytes] = []
-
-        def exchange() -> None:
-            self.plain.sendall(request)
-            while not replies:
-                replies.extend(splitter.feed(self.plain.recv(1 << 16)))
-
-        self.add(row, exchange)
-        reply = frames.read_reply(replies[0])
-        if reply.kind != frames.OK:
-            raise SystemExit(f"create: {reply.value}")
+        elapsed, (made,) = self.plain.create(params)
+        self.rows.setdefault(row, []).append(elapsed)
         steps = self.steps.setdefault(row, {})
-        for step in reply.value["profile"]["steps"]:
+        for step in made["profile"]["steps"]:
             if row == "cold" or step["phase"] == "execute":  # for a cold one somebody waits for all
                 steps.setdefault(step["name"], []).append(step["ms"])
 
@@ -211,7 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=20, help="samples of each row")
     args = parser.parse_args()
-    with_xl = subprocess.run(["xl", "info"], capture_output=True, check=False).returncode == 0
+    with_xl = runs_xenstored()
     os.chdir(TREE)
     start_daemons()
     configs = local(TREE, "daytime", "hello")

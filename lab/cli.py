@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lab import cache, image, machine, progress, project
@@ -34,10 +34,15 @@ exit status: that of the command in Dom0; 128+n if signal n ended it; 124 after 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; return the exit status."""
     options = _parser().parse_args(argv)
+    return guarded(lambda: int(options.call(options)))
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """Call it, and return its exit status: with errors told, and labs ended by signals too."""
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
     try:
-        return int(options.call(options))
+        return call()
     except Crash as error:
         if error.serial:
             print("--- end of the serial log ---", error.serial, "---", sep="\n", file=sys.stderr)
@@ -251,9 +256,7 @@ def _stdin() -> int | None:
 
 
 @contextmanager
-def _booted(
-    verb: str, options: Options, *, keep: bool = False
-) -> Iterator[tuple[Machine, Session]]:
+def booted(verb: str, options: Options, *, keep: bool = False) -> Iterator[tuple[Machine, Session]]:
     """Boot a lab and install the project; yields it with a session.
 
     The machine ends with the block unless ``keep`` and the block succeeds.
@@ -306,12 +309,12 @@ def _build(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     request = _request(arguments)
-    with _booted("run", options) as (_, session):
+    with booted("run", options) as (_, session):
         return session.run(request, _stdin())
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    with _booted("up", _options(arguments), keep=True):
+    with booted("up", _options(arguments), keep=True):
         pass
     progress.say("scripts/lab exec -- CMD runs commands in it, scripts/lab down ends it")
     return 0
@@ -363,7 +366,7 @@ def _shell(arguments: argparse.Namespace) -> int:
     if lab and lab.verb == "up":
         with _joined(lab) as session:
             return session.run(request, 0)
-    with _booted("shell", _options(arguments)) as (_, session):
+    with booted("shell", _options(arguments)) as (_, session):
         return session.run(request, 0)
 
 

@@ -1,4 +1,4 @@
-"""scripts/test: linters, unit tests, the lab's own tests, and the tests in Dom0.
+"""scripts/test: linters, unit tests, the lab's own tests, the tests in Dom0, and the bounds.
 
 Every kind of host is booted once for all tests that belong to it (tests/lab/conftest.py
 says which those are), and not at all if there are none. Everything runs on the first release; on
@@ -7,7 +7,8 @@ host. Tests that try every step of something take a sample of the steps, unless 
 given.
 
 One lab runs at a time; the linters and the unit tests run beside the first of them where there are
-two processors. What they print is shown part by part.
+two processors. The bounds (scripts/bench --quick) come last, when nothing is left to run beside
+them. What they print is shown part by part.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from lab.errors import ChaosError, LabError
 from lab.progress import say
 from lab.release import RELEASES
 
-PARTS = ("lint", "unit", "machine", "lab")
+PARTS = ("lint", "unit", "machine", "lab", "bench")
 HOSTS = {"noxs": [], "xenstored": ["--xenstored"], "systemd": ["--init", "systemd"]}
 LAB_SECONDS = 3300
 THOROUGH_SECONDS = 5400
@@ -45,7 +46,7 @@ class Part:
     @property
     def boots(self) -> bool:
         """Whether it boots labs."""
-        return self.name.startswith(("lab ", "machine"))
+        return self.name.startswith(("lab ", "machine", "bench"))
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/test",
         description="Run the linters, the unit tests, the lab's own tests ('machine': they boot"
-        " labs from outside) and the tests in Dom0 ('lab'). Without PART: all of them.",
+        " labs from outside), the tests in Dom0 ('lab') and the benchmarks' bounds ('bench')."
+        " Without PART: all of them.",
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument(
@@ -166,6 +168,9 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
     if "machine" in chosen:
         yield Part("machine", [*here, "tests/machine"], may_be_empty=empty)
     yield from labs[1:-1]
+    if "bench" in chosen and not arguments.k:
+        number = (arguments.debian or list(RELEASES))[0]
+        yield Part("bench", ["scripts/bench", "--quick", "--debian", number])
 
 
 def _lanes() -> int:
@@ -214,7 +219,7 @@ class _Runner:
     def _lane(self) -> None:
         while (part := self._next()) is not None:
             result = self._run(part)
-            if result.status == LabError.exit_code and part.name.startswith("lab "):
+            if result.status == LabError.exit_code and part.name.startswith(("lab ", "bench")):
                 # The lab itself broke, which says nothing about the tests.
                 again = f"{part.name}: the lab broke down (above); one more try in a new boot"
                 self._show(part, f"lab: {again}\n".encode())

@@ -1,0 +1,171 @@
+"""What the benchmarks' JSON says: rows by their names, ratios, and the paper's figures. Pure."""
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+PROCESS = "spawn"
+_ROW = re.compile(
+    r"(?P<who>[a-z-]+)(/(?P<vifs>\d+)vif)?/(?P<end>[a-z]+?)(x(?P<at_once>\d+))?(@(?P<guests>\d+))?"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's name in bench/compare.py, taken apart; ``vifs`` is None for what can have none."""
+
+    who: str
+    vifs: int | None = None
+    end: str = "returned"
+    at_once: int = 1
+    guests: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """Of a name such as "warm/1vif/returned@100". ValueError."""
+        found = _ROW.fullmatch(name)
+        if found is None:
+            raise ValueError(f"{name!r} is the name of no row")
+        vifs = found["vifs"]
+        return cls(
+            found["who"],
+            None if vifs is None else int(vifs),
+            found["end"],
+            int(found["at_once"] or 1),
+            int(found["guests"] or 0),
+        )
+
+    @property
+    def name(self) -> str:
+        """As in the JSON."""
+        vifs = "" if self.vifs is None else f"/{self.vifs}vif"
+        at_once = f"x{self.at_once}" if self.at_once > 1 else ""
+        return f"{self.who}{vifs}/{self.end}{at_once}" + (f"@{self.guests}" if self.guests else "")
+
+    @property
+    def peer(self) -> "Row":
+        """A process by posix_spawn, as many at once, beside as many guests."""
+        return Row(PROCESS, None, "returned", self.at_once, self.guests)
+
+
+class Comparison:
+    """What one run of bench/compare.py found."""
+
+    def __init__(self, result: Mapping[str, Any]) -> None:
+        self.host: dict[str, Any] = result["host"]
+        self.rows: dict[Row, list[float]] = {
+            Row.parse(name): samples for name, samples in result["rows"].items() if samples
+        }
+        self.growth: dict[str, list[tuple[int, float]]] = {
+            who: [(int(before), float(ms)) for before, ms in pairs]
+            for who, pairs in result["growth"].items()
+            if pairs
+        }
+        self.categories: dict[str, list[dict[str, float]]] = result["categories"]
+
+    def median(self, row: Row) -> float | None:
+        """Milliseconds."""
+        return statistics.median(self.rows[row]) if row in self.rows else None
+
+    def p99(self, row: Row) -> float:
+        """Milliseconds; of less than a hundred samples the largest."""
+        ordered = sorted(self.rows[row])
+        return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+
+    def times(self, row: Row) -> float | None:
+        """The median in multiples of a process's."""
+        ours, process = self.median(row), self.median(row.peer)
+        return None if ours is None or process is None else ours / process
+
+    def levels(self) -> list[int]:
+        """Numbers of guests beside which there are rows."""
+        return sorted({row.guests for row in self.rows})
+
+    def category_medians(self, row: str) -> dict[str, float]:
+        """Milliseconds of each category of a create by the socket."""
+        samples = self.categories.get(row, [])
+        names = {name: None for sample in samples for name in sample}
+        return {
+            name: statistics.median([sample.get(name, 0.0) for sample in samples]) for name in names
+        }
+
+    def grown(self, who: str) -> tuple[float, float] | None:
+        """Medians of the first and of the last tenth of the creates that made many guests."""
+        pairs = self.growth.get(who, [])
+        tenth = len(pairs) // 10
+        if not tenth:
+            return None
+        times = [ms for _, ms in pairs]
+        return statistics.median(times[:tenth]), statistics.median(times[-tenth:])
+
+
+def smooth(pairs: Sequence[tuple[int, float]], pieces: int) -> list[tuple[float, float]]:
+    """The medians of consecutive pieces of pairs, each at its middle."""
+    size = max(1, len(pairs) // pieces)
+    found = []
+    for start in range(0, len(pairs), size):
+        piece = pairs[start : start + size]
+        middle = statistics.mean([x for x, _ in piece])
+        found.append((middle, statistics.median([y for _, y in piece])))
+    return found
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of the LightVM paper (SOSP 2017), and the row that is nearest to it here.
+
+    ``approximate``: the paper's text says "around", or gives a range whose end this is.
+    """
+
+    figure: str
+    what: str
+    ms: float
+    source: str
+    host: str
+    row: Row
+    approximate: bool = False
+
+
+PAPER_PROCESS_MS = 1.0
+"""fork and exec on Linux, in the paper's abstract; its section 4.2 has 3.5 ms as the average of
+processes that are started one after the other until 1,000 run."""
+
+PAPER = (
+    Published("4, 9", "xl, the first guest", 100, "section 6.1", "xenstored", Row("xl", 1), True),
+    Published("9", "xl, the 1,000th guest", 1000, "section 6.1", "", Row("xl", 1), True),
+    Published("4", "Docker", 150, "section 4.2", "xenstored", Row("runc"), True),
+    Published("9", "chaos with XenStore, first guest", 15, "section 6.1", "xenstored",
+              Row("nodaemon", 1), True),
+    Published("9", "chaos with noxs, first guest", 8, "section 6.1", "noxs",
+              Row("nodaemon", 1), True),
+    Published("9", "LightVM, daytime, first guest", 4, "section 6.1", "noxs", Row("command", 1)),
+    Published("9", "LightVM, daytime, 1,000th guest", 4.1, "section 6.1", "noxs",
+              Row("command", 0, guests=1000)),
+    Published("9", "LightVM, no devices, nothing to do", 2.3, "abstract, section 6.1", "noxs",
+              Row("command", 0)),
+)  # fmt: skip
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table, and an empty line."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return [*lines, ""]
+
+
+def times(value: float | None) -> str:
+    """A ratio in words: three significant digits at most."""
+    if value is None:
+        return ""
+    if value >= 100:
+        return f"{value:,.0f}x"
+    return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds in words."""
+    if value is None:
+        return ""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
