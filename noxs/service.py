@@ -95,9 +95,12 @@ class Service:
     # The loop's part
 
     def stop(self) -> None:
-        """Make the loop return once the events at hand are served; for signal handlers too."""
-        self.stopping = True
-        os.eventfd_write(self.wake_fd, 1)
+        """Make the loop return once the events at hand are served; for signal handlers too.
+
+        It is the loop that takes note: whatever else wakes it, the descriptor is open until then.
+        """
+        if not self.stopping:
+            os.eventfd_write(self.wake_fd, 1)
 
     def listen(self) -> None:
         """Accept clients from now on."""
@@ -105,12 +108,14 @@ class Service:
         self.poll.register(self.listener.fileno(), _READ)
 
     def serve_socket(self, fd: int, event: int) -> bool:
-        """Serve a client or accept one; False if the descriptor is neither's."""
+        """Serve a client, accept one or note ``stop``; False if the descriptor is none of these."""
         client = self.clients.get(fd)
         if client is not None:
             self._serve(client, event)
         elif fd == self.listener.fileno():
             self._accept()
+        elif fd == self.wake_fd:
+            self.stopping = True
         else:
             return False
         return True

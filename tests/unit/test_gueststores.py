@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -18,19 +19,38 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(name="stores")
-def running_stores(tmp_path: Path) -> Iterator[GuestStores]:
+@pytest.fixture(name="daemon")
+def running_daemon(tmp_path: Path) -> Iterator[Stores]:
     hardware = Hardware(tmp_path)
     hardware.page(5)
     daemon = Stores(listener(tmp_path / "control"), hardware, NoBridge(), admit=lambda *_: True)
     thread = threading.Thread(target=daemon.run)
     thread.start()
     try:
-        with GuestStores.connect(str(tmp_path / "control")) as stores:
-            yield stores
+        yield daemon
     finally:
         daemon.stop()
         thread.join()
+
+
+@pytest.fixture(name="stores")
+def a_client(daemon: Stores, tmp_path: Path) -> Iterator[GuestStores]:
+    with GuestStores.connect(str(tmp_path / "control")) as stores:
+        yield stores
+
+
+def test_what_wakes_the_loop_while_it_is_stopped_does_not_end_it_too_soon(
+    daemon: Stores, stores: GuestStores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.eventfd_write
+
+    def late(fd: int, value: int) -> None:
+        for _ in range(2):  # a loop that had ended with the first would not answer the second
+            stores.directory("/local/domain")
+        write(fd, value)
+
+    monkeypatch.setattr(os, "eventfd_write", late)
+    daemon.stop()
 
 
 def test_a_guest_from_begin_to_end(stores: GuestStores) -> None:
