@@ -33,7 +33,9 @@ from chaos.steps import (
     Step,
     Timing,
     perform,
+    profile_of,
     roll_back,
+    spent,
 )
 from noxs.abi import STATE_READY
 from noxs.page import Page, more_pages
@@ -631,27 +633,4 @@ def wait_ready(creation: Creation, timeout: float) -> float | None:
 
 def profile_json(creation: Creation) -> dict[str, Any]:
     """A create's timings as plain values."""
-    return profile_of(creation.timings, creation.ready_ms)
-
-
-def profile_of(timings: Sequence[Timing], ready_ms: float | None) -> dict[str, Any]:
-    """Timings as plain values: milliseconds for each step, their sums, and until ready."""
-    steps = [
-        {
-            "name": t.name,
-            "phase": t.phase,
-            "category": t.category,
-            "start_ns": t.start,
-            "ms": t.ns / 1e6,
-        }
-        for t in timings
-    ]
-    prepare = sum(t.ns for t in timings if t.phase == PREPARE) / 1e6
-    execute = sum(t.ns for t in timings if t.phase == EXECUTE) / 1e6
-    return {
-        "steps": steps,
-        "prepare_ms": prepare,
-        "execute_ms": execute,
-        "create_ms": prepare + execute,
-        "ready_ms": ready_ms,
-    }
+    return profile_of(spent(creation.timings), creation.ready_ms)

@@ -19,7 +19,7 @@ looks at what its step recorded in the context and tolerates finding nothing.
 from __future__ import annotations
 
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from chaos.signals import held
 from xenctypes.errors import ChaosError, StepError
@@ -60,6 +60,50 @@ class Timing(NamedTuple):
     start: int
     ns: int
 
+    @property
+    def end(self) -> int:
+        """When it was done."""
+        return self.start + self.ns
+
+
+class Spent(NamedTuple):
+    """Timings as plain values, one for each step, and the nanoseconds of each phase."""
+
+    steps: list[dict[str, Any]]
+    prepare: int
+    execute: int
+
+    def __add__(self, other: Spent) -> Spent:  # type: ignore[override]
+        return Spent(
+            self.steps + other.steps, self.prepare + other.prepare, self.execute + other.execute
+        )
+
+
+def spent(timings: Iterable[Timing]) -> Spent:
+    """What timings come to."""
+    steps, prepare, execute = [], 0, 0
+    for name, phase, category, start, ns in timings:
+        steps.append(
+            {"name": name, "phase": phase, "category": category, "start_ns": start, "ms": ns / 1e6}
+        )
+        if phase == PREPARE:
+            prepare += ns
+        else:
+            execute += ns
+    return Spent(steps, prepare, execute)
+
+
+def profile_of(spent: Spent, ready_ms: float | None) -> dict[str, Any]:
+    """A create as its client is shown it: milliseconds for each step, their sums, until ready."""
+    prepare, execute = spent.prepare / 1e6, spent.execute / 1e6
+    return {
+        "steps": spent.steps,
+        "prepare_ms": prepare,
+        "execute_ms": execute,
+        "create_ms": prepare + execute,
+        "ready_ms": ready_ms,
+    }
+
 
 def perform(
     steps: Sequence[Step[Context]],
@@ -75,8 +119,8 @@ def perform(
     ``subject`` is what an error message calls the thing being made. Raises StepError with
     the cause chained; KeyboardInterrupt and the like undo too and pass through.
     """
+    start = perf_counter_ns()
     for index, step in enumerate(steps):
-        start = perf_counter_ns()
         try:
             step.do(context)
         except BaseException as error:
@@ -89,11 +133,13 @@ def perform(
             for line in left:
                 failure.add_note(line)
             raise failure from error
-        timings.append(
-            Timing(step.name, step.phase, step.category, start, perf_counter_ns() - start)
-        )
+        # One look at the clock for both: a system call where Xen's clock is not known to be stable.
+        end = perf_counter_ns()
+        timings.append(Timing(step.name, step.phase, step.category, start, end - start))
+        start = end
         if told is not None:
             told(step.name)
+            start = perf_counter_ns()
 
 
 def roll_back(steps: Iterable[Step[Context]], context: Context) -> list[str]:

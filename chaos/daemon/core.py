@@ -16,7 +16,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chaos import store, vif, xenstored
-from chaos.create import IMAGE_STEPS, SHELL_STEPS, profile_of
+from chaos.create import IMAGE_STEPS, SHELL_STEPS
 from chaos.daemon.batches import Batches
 from chaos.daemon.consoles import ConsoleHub
 from chaos.daemon.events import Events
@@ -30,7 +30,7 @@ from chaos.domains import check_free, reap
 from chaos.host import Host
 from chaos.image import inspect
 from chaos.registry import DAEMON_LOCK, RUNNING, Registry
-from chaos.steps import perform, roll_back
+from chaos.steps import perform, profile_of, roll_back, spent
 from xenctypes.errors import ChaosError, PageError, PermissionDenied, StateError
 
 if TYPE_CHECKING:
@@ -417,16 +417,18 @@ class Daemon:
 
     def _guest(self, delivery: Delivery) -> Guest:
         shell = delivery.shell
-        guest = Guest(delivery.record, delivery.config)
+        record, since = delivery.recorded, delivery.timings[-1].end
+        assert record is not None
+        guest = Guest(record, delivery.config, since)
         guest.mapping, shell.mapping = shell.mapping, None
         guest.port, shell.port = shell.port, 0
-        guest.unpaused_ns = delivery.unpaused_ns
-        shell.close_record()
+        guest.unpaused_ns = since if delivery.running else 0
         self.guests.add(guest)
         return guest
 
     def _settle(self, guest: Guest, delivery: Delivery) -> None:
         """What can wait until the reply is out."""
+        delivery.shell.close_record()
         self.emit(
             "created",
             name=guest.name,
@@ -481,7 +483,7 @@ class Daemon:
             "noxs": delivery.shell.noxs,
             "paused": delivery.paused,
             "profile": profile_of(
-                delivery.shell.timings + delivery.timings, guest.ready_ms if guest else None
+                delivery.shell.spent + spent(delivery.timings), guest.ready_ms if guest else None
             ),
         }
 

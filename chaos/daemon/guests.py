@@ -62,8 +62,9 @@ RETRY_SECONDS, RETRY_MAX = 1.0, 60.0
 class Guest:
     """A running domain. ``mapping`` is its device page, ``port`` our end of its store channel.
 
-    ``born`` is when it began to run, monotonic; ``failures`` how often in a row it died young,
-    ``told`` whether its being ready was announced, ``events`` how many came before that.
+    ``born`` is when it began to run, monotonic: at ``since_ns``, or now. ``failures`` is how often
+    in a row it died young, ``told`` whether its being ready was announced, ``events`` how many
+    came before that.
     ``death`` is what the hypervisor said of it when it had shut down, None before.
     """
 
@@ -73,7 +74,7 @@ class Guest:
         "told", "unpaused_ns", "uuid", "waiters",
     )  # fmt: skip
 
-    def __init__(self, record: Record, config: DomainConfig) -> None:
+    def __init__(self, record: Record, config: DomainConfig, since_ns: int = 0) -> None:
         self.uuid = record.uuid
         self.name = record.name
         self.domid = record.domid
@@ -89,7 +90,7 @@ class Guest:
         self.port = 0
         self.ready_ms = record.ready_ms
         self.unpaused_ns = 0
-        self.born = monotonic()
+        self.born = since_ns / 1e9 or monotonic()
         self.failures = 0
         self.told = False
         self.events = 0

@@ -23,7 +23,7 @@ from chaos import pvh
 from chaos.create import MIB_SHIFT
 from chaos.daemon.flavour import Flavour, Source
 from chaos.daemon.settings import FLAVOURS_MAX
-from chaos.daemon.shell import Shell, prepared
+from chaos.daemon.shell import Shell
 from chaos.daemon.workers import DELAYS, Worker
 from chaos.domains import reap, reap_one
 from chaos.invocation import unreported
@@ -435,7 +435,7 @@ class Pool:
         opened: Sequence[OpenImage],
         told: Callable[[str], None] | None,
     ) -> Shell:
-        shell.timings = prepared(shell.timings)
+        shell.spend(unawaited=True)
         try:
             worker = self._maker_of(shell)
             request = {
@@ -617,7 +617,7 @@ class Pool:
             flavour.made += 1
             if flavour.source is not None and shell.digest != flavour.digest:
                 self._drain_others(flavour, shell)
-            shell.timings = prepared(shell.timings)
+            shell.spend(unawaited=True)
             if self.flavours.get(flavour.name) is flavour:
                 self._put(shell, flavour)
             else:

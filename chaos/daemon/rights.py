@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 from socket import SO_PEERCRED, SOL_SOCKET
 from struct import Struct
@@ -24,6 +25,7 @@ CREDENTIALS = Struct("iII")
 SO_PEERGROUPS = 59
 SYS_SETGROUPS = 116
 SYS_SETFSUID, SYS_SETFSGID = 122, 123
+GROUPS_USUAL = 64
 GROUPS_MAX = 65536  # NGROUPS_MAX of linux/limits.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -41,14 +43,21 @@ class Peer(NamedTuple):
 def peer_of(sock: socket.socket) -> Peer:
     """The credentials with which the peer connected."""
     pid, uid, gid = CREDENTIALS.unpack(sock.getsockopt(SOL_SOCKET, SO_PEERCRED, CREDENTIALS.size))
-    # More than socket.getsockopt() has room for.
-    room = (ctypes.c_uint * GROUPS_MAX)()
-    size = ctypes.c_uint(ctypes.sizeof(room))
-    failed = _libc.getsockopt(
-        sock.fileno(), SOL_SOCKET, SO_PEERGROUPS, ctypes.byref(room), ctypes.byref(size)
-    )
-    groups = () if failed else tuple(room[: size.value // ctypes.sizeof(ctypes.c_uint)])
-    return Peer(pid, uid, gid, groups)
+    return Peer(pid, uid, gid, _groups_of(sock))
+
+
+def _groups_of(sock: socket.socket) -> tuple[int, ...]:
+    """The peer's supplementary groups; they may be more than socket.getsockopt() has room for."""
+    for count in (GROUPS_USUAL, GROUPS_MAX):
+        room = (ctypes.c_uint * count)()
+        size = ctypes.c_uint(ctypes.sizeof(room))
+        if not _libc.getsockopt(
+            sock.fileno(), SOL_SOCKET, SO_PEERGROUPS, ctypes.byref(room), ctypes.byref(size)
+        ):
+            return tuple(room[: size.value // ctypes.sizeof(ctypes.c_uint)])
+        if ctypes.get_errno() != errno.ERANGE:
+            break
+    return ()
 
 
 @contextlib.contextmanager

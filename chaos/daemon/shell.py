@@ -12,18 +12,17 @@ import os
 import time
 import uuid as uuid_module
 from dataclasses import dataclass, field
-from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 from chaos.disk import target_of
 from chaos.registry import RUNNING, SHELL, Record
-from chaos.steps import EXECUTE, HYPERVISOR, PREPARE, TOOLSTACK, Step, Timing
+from chaos.steps import EXECUTE, HYPERVISOR, PREPARE, TOOLSTACK, Spent, Step, Timing, spent
 from chaos.store import Tenancy
 from noxs.page import metadata_capacity, patch_identity, patch_metadata, patch_vif, publish
 from xenctypes.errors import PageError, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Sequence
 
     from chaos.daemon.flavour import Flavour
     from chaos.daemon.rights import Peer
@@ -42,13 +41,13 @@ class Shell:
     ``port`` our end of the store channel, ``store`` who is to serve a stock guest's XenStore (see
     chaos.store), ``record_fd`` its record file, open for writing,
     ``pages`` how many its device page has beyond the first, ``worker`` the maker that must load a
-    generic shell.
+    generic shell, ``spent`` its timings as a client is shown them.
     """
 
     __slots__ = (
         "console_frame", "console_port", "digest", "disks", "domid", "flavour", "host", "image",
         "macs", "mapping", "names", "noxs", "pages", "port", "record_fd", "record_size", "shape",
-        "store", "store_frame", "store_port", "template", "timings", "uuid", "worker",
+        "spent", "store", "store_frame", "store_port", "template", "timings", "uuid", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +74,7 @@ class Shell:
         self.record_fd = -1
         self.record_size = 0
         self.timings: list[Timing] = []
+        self.spent = Spent([], 0, 0)
 
     def take_over(self, made: dict[str, Any]) -> None:
         """Hold what a maker made: its channel, its page, its record. Raises ChaosError, OSError."""
@@ -85,7 +85,7 @@ class Shell:
         self.disks = made["disks"]
         self.store = made["store"]
         self.digest = made["digest"] or self.digest
-        self.timings += [Timing(n, p, c, 0, ns) for n, p, c, ns in made["timings"]]
+        self.spend([Timing(n, p, c, 0, ns) for n, p, c, ns in made["timings"]])
         if self.store_frame >= 0 and self.noxs:
             self.template = bytearray(made["page"])
             self.mapping = self.host.memory.map(self.domid, made["page_frames"])
@@ -97,6 +97,13 @@ class Shell:
             path = f"{self.names.path}/domains/{self.uuid}/domain.json"
             self.record_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
             self.record_size = os.fstat(self.record_fd).st_size
+
+    def spend(self, more: Sequence[Timing] = (), *, unawaited: bool = False) -> None:
+        """Add to what its making took; ``unawaited``: all of it was work that nobody waited for."""
+        self.timings += more
+        if unawaited:
+            self.timings = [timing._replace(phase=PREPARE) for timing in self.timings]
+        self.spent = spent(self.timings)
 
     def let_go(self) -> None:
         """Close what this process holds of the domain. Idempotent."""
@@ -134,7 +141,7 @@ class Delivery:
     ``config_json`` is the configuration as the record keeps it; ``peer`` who asked, ``taken``
     are MAC addresses that Dom0 has itself. ``bare``: its store and devices are not made yet, and
     the record, if it says nothing of a guest that waits, has a daemon that finds it destroy it.
-    ``ended_ns`` is when the guest was let go.
+    ``recorded`` is what the registry has of it, ``running`` whether the guest was let go.
     """
 
     shell: Shell
@@ -149,8 +156,8 @@ class Delivery:
     reserved: list[bytes] = field(default_factory=list)
     given_up: list[bytes] = field(default_factory=list)
     linked: bool = False
-    recorded: bool = False
-    unpaused_ns: int = 0
+    recorded: Record | None = None
+    running: bool = False
     timings: list[Timing] = field(default_factory=list)
 
     @property
@@ -280,12 +287,12 @@ def _write_page(delivery: Delivery) -> None:
 
 
 def _record(delivery: Delivery) -> None:
-    delivery.recorded = True
-    delivery.shell.write_record(delivery.record.to_json(delivery.config_json))
+    delivery.recorded = record = delivery.record
+    delivery.shell.write_record(record.to_json(delivery.config_json))
 
 
 def _unrecord(delivery: Delivery) -> None:
-    if delivery.recorded:
+    if delivery.recorded is not None:
         shell = delivery.shell
         macs = [mac.hex(":") for mac in shell.macs]
         record = Record(
@@ -302,7 +309,7 @@ def _unrecord(delivery: Delivery) -> None:
 
 def _unpause(delivery: Delivery) -> None:
     delivery.shell.host.ctrl.domain_unpause(delivery.shell.domid)
-    delivery.unpaused_ns = perf_counter_ns()
+    delivery.running = True
 
 
 DELIVERY_STEPS: tuple[Step[Delivery], ...] = (
@@ -314,8 +321,3 @@ DELIVERY_STEPS: tuple[Step[Delivery], ...] = (
     Step("unpause", EXECUTE, HYPERVISOR, _unpause),
 )
 PAUSED_STEPS, UNPAUSE_STEPS = DELIVERY_STEPS[:-1], DELIVERY_STEPS[-1:]
-
-
-def prepared(timings: list[Timing]) -> list[Timing]:
-    """The same timings, of work that nobody waited for."""
-    return [timing._replace(phase=PREPARE) for timing in timings]

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chaos import profiling
-from chaos.create import profile_of
 from chaos.schedule import Run
-from chaos.steps import DEVICES, EXECUTE, HYPERVISOR, IMAGE, PREPARE, Timing
+from chaos.steps import DEVICES, EXECUTE, HYPERVISOR, IMAGE, PREPARE, Timing, profile_of, spent
 from chaos.xllog import MIXED, XL
 
 MS = 1_000_000
@@ -29,7 +28,7 @@ def sample(base: int, load: float, ready: float | None, source: str = "warm") ->
     ]
     return {
         "name": "app", "domid": 3, "source": source, "caller_ms": load + 3,
-        "profile": profile_of(timings, ready),
+        "profile": profile_of(spent(timings), ready),
     }  # fmt: skip
 
 
