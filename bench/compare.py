@@ -4,9 +4,10 @@ Run it in Dom0; on a host with xenstored the rows of xl are there too::
 
     scripts/lab run --xenstored -- python3 bench/compare.py --quick
 
-Prints JSON. ``rows`` has milliseconds under WHO/END, or WHO/VIFSvif/END for what may have a vif;
-``@N`` stands behind what was measured beside N running guests, ``xN`` behind what took N at once,
-until the last had come to that end. Who:
+Prints JSON. ``rows`` has samples under WHO/END, or WHO/VIFSvif/END for what may have a vif: pairs
+of when it was taken, in seconds, and what it took, in milliseconds. ``@N`` stands behind what was
+measured beside N running guests, ``xN`` behind what took N at once, until the last had come to
+that end. Who:
 
 - ``warm``      chaosd's socket: a shell with the image in it; no client is in the time
 - ``generic``   the same: a shell without an image
@@ -105,7 +106,7 @@ ADDRESS, MAC = "10.77.0.9", "00:16:3e:77:00:09"
 PING_SECONDS = 0.004
 WARM_UP = 2  # the first creates run code that the emulator has not translated yet
 QUICK = {"count": 9, "every": 3, "at_once": 0, "guests": [20], "beside": 7, "xl_guests": 0}
-FULL = {"count": 18, "every": 2, "at_once": 3, "guests": [100, 1000], "beside": 9, "xl_guests": 60}
+FULL = {"count": 14, "every": 2, "at_once": 3, "guests": [100, 1000], "beside": 9, "xl_guests": 60}
 READY_SECONDS = 60.0
 
 
@@ -179,12 +180,13 @@ class Comparison:
 
     def __init__(self, chaos: Chaos, host: Host, folder: Path, *, with_xl: bool) -> None:
         self.chaos = chaos
-        self.rows: dict[str, list[float]] = {}
+        self.rows: dict[str, list[tuple[float, float]]] = {}
         self.growth: dict[str, list[tuple[int, float]]] = {}
         self.categories: dict[str, list[dict[str, float]]] = {}
         self.guests = 0
         self.with_xl = with_xl
         self._host = host
+        self._start = time.monotonic()
         self._asker = Asker()
         self._number = 0
         self._configs = {vifs: str(path) for vifs, path in zip(
@@ -201,7 +203,8 @@ class Comparison:
     def _add(self, row: str, milliseconds: float, at_once: int = 1) -> None:
         name = row + (f"x{at_once}" if at_once > 1 else "")
         name += f"@{self.guests}" if self.guests else ""
-        self.rows.setdefault(name, []).append(milliseconds)
+        taken = round(time.monotonic() - self._start, 3)
+        self.rows.setdefault(name, []).append((taken, round(milliseconds, 4)))
 
     def _name(self) -> str:
         self._number += 1
@@ -259,6 +262,7 @@ class Comparison:
             for step in made["profile"]["steps"]:
                 if who == "cold" or step["phase"] == EXECUTE:  # for a cold one all is waited for
                     sums[step["category"]] = sums.get(step["category"], 0.0) + step["ms"]
+            sums = {name: round(total, 4) for name, total in sums.items()}
             self.categories.setdefault(f"{who}/{vifs}vif", []).append(sums)
 
     def ask_at_once(self, vifs: int) -> None:
@@ -375,7 +379,7 @@ class Comparison:
             else:
                 command = ("xl", "create", "-q", self._configs[0], f'name="{name}"')
                 elapsed = clock(partial(spawn, *command))
-            found.append((self.guests, elapsed))
+            found.append((self.guests, round(elapsed, 4)))
             self.guests += 1
 
 

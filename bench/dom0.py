@@ -65,8 +65,8 @@ def connect() -> Chaos:
 
 
 def runs_xenstored() -> bool:
-    """Whether xl can work here."""
-    return subprocess.run(["xl", "info"], capture_output=True, check=False).returncode == 0
+    """Whether xl can work here; some of its verbs do without xenstored."""
+    return Path("/run/xenstored/socket").exists()
 
 
 def filled(chaos: Chaos) -> bool:

@@ -57,14 +57,11 @@ class Part:
 
 XENSTORED = {"xenstored": True}
 ROOMY = {"memory": 8 * GIB, "dom0_memory": 2 * GIB}
-HUGE = {"memory": 17 * GIB, "dom0_memory": 4 * GIB}
 PARTS = (
     Part("xenstored", "python3 bench/compare.py --guests 100", 900, XENSTORED),
     Part("profile", "chaos profile --cold --against xl -n 10 --json -q examples/hello.cfg", 200,
          XENSTORED),
     Part("noxs", "python3 bench/compare.py --guests 100 --guests 1000", 900, ROOMY),
-    Part("sizes", "python3 bench/sizes.py", 600, ROOMY),
-    Part("density", "python3 bench/density.py", 3600, HUGE),
 )  # fmt: skip
 QUICK = Part("xenstored", "python3 bench/compare.py --quick", 400, XENSTORED)
 

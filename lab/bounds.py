@@ -1,18 +1,18 @@
 """Ratios that must not get worse: those of bench/bounds.toml, held against measured rows. Pure.
 
-A ratio is of the medians of two rows of bench/compare.py, which were taken in turn in one boot; an
-absolute time means nothing where machines are emulated. Smaller is better, always.
+A ratio is of two rows of bench/compare.py, which were taken in turn in one boot; an absolute time
+means nothing where machines are emulated. Smaller is better, always.
 """
 
-import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from lab.errors import UsageError
+from lab.figures import Samples, ratio
 
-Rows = Mapping[str, Sequence[float]]
-"""Milliseconds by the name of the row."""
+Rows = Mapping[str, Samples]
+"""Samples by the name of the row."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,17 @@ def parse(text: str) -> list[Bound]:
         raise UsageError(f"bounds: {error}") from error
 
 
-def ratio(rows: Rows, row: str, over: str) -> float | None:
-    """Of the medians, or None if one of the rows is empty or not there."""
-    if not rows.get(row) or not rows.get(over):
-        return None
-    return statistics.median(rows[row]) / statistics.median(rows[over])
-
-
 def check(bounds: Sequence[Bound], rows: Rows) -> list[Verdict]:
     """Each bound's verdict."""
-    return [Verdict(bound, ratio(rows, bound.row, bound.over)) for bound in bounds]
+    return [
+        Verdict(bound, ratio(rows.get(bound.row, ()), rows.get(bound.over, ()))) for bound in bounds
+    ]
 
 
 def lines(verdicts: Sequence[Verdict]) -> list[str]:
     """The verdicts for a terminal; why a bound exists is said where it is broken."""
     width = max(len(verdict.bound.what) for verdict in verdicts)
-    shown = [f"{'ratio of medians':<{width}}  {'now':>7} {'at most':>8} {'when set':>9}"]
+    shown = [f"{'ratio':<{width}}  {'now':>7} {'at most':>8} {'when set':>9}"]
     for verdict in verdicts:
         bound = verdict.bound
         now = "missing" if verdict.ratio is None else f"{verdict.ratio:.3g}"

@@ -16,7 +16,7 @@ from lab import cache
 from lab.errors import LabError
 from lab.figures import PROCESS, Comparison, Row, smooth
 from lab.progress import say
-from lab.report import HOSTS, WHO, Parts, breakdown, comparisons
+from lab.report import HOSTS, WHO, Parts, breakdown, comparisons, density_rounds
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#000000")
 """Okabe and Ito's."""
@@ -98,6 +98,8 @@ def _ends(plt: Any, found: Mapping[str, Comparison]) -> Any:
         )
     axes.axvline(1, color="black", linewidth=1, linestyle="--", label=A_PROCESS)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(left=0.05)
     axes.set_yticks(list(places.values()), list(places))
     axes.set_xlabel(f"until it returned, in {MULTIPLES} (medians, logarithmic)")
     axes.legend(loc="lower right", fontsize="small")
@@ -105,23 +107,26 @@ def _ends(plt: Any, found: Mapping[str, Comparison]) -> Any:
 
 
 def _growth(plt: Any, found: Mapping[str, Comparison]) -> Any:
-    """LightVM's figures 4 and 9: the create against how many guests run."""
+    """LightVM's figures 4 and 9: the create against how many guests run.
+
+    Every guest's own create, and the rows beside many of the host that had most.
+    """
     lines = []
     for name, comparison in found.items():
-        process = comparison.median(Row(PROCESS))
-        if process is None:
-            continue
-        for who, pairs in comparison.growth.items():
-            points = [(x, y / process) for x, y in smooth(pairs, 25)]
-            lines.append((f"{WHO[who]}, {HOSTS[name]}", points))
-        for who in ("command", "generic", "cold", "crun", PROCESS):
-            vifs = None if who in {"crun", PROCESS} else 0
-            points = []
-            for level in comparison.levels():
-                median = comparison.median(Row(who, vifs, guests=level))
-                if median is not None:
-                    points.append((float(level), median / process))
-            if len(points) > 2:
+        if process := comparison.median(Row(PROCESS)):
+            for who, pairs in comparison.growth.items():
+                points = [(x, y / process) for x, y in smooth(pairs, 25)]
+                lines.append((f"{WHO[who]}, {HOSTS[name]}", points))
+    name = max(found, key=lambda name: found[name].levels()[-1:], default="")
+    if name and (process := found[name].median(Row(PROCESS))):
+        for who in ("command", "generic", "cold", "crun", "runc", PROCESS):
+            vifs = None if who in {"crun", "runc", PROCESS} else 0
+            medians = (
+                (level, found[name].median(Row(who, vifs, guests=level)))
+                for level in found[name].levels()
+            )
+            points = [(float(level), median / process) for level, median in medians if median]
+            if len(points) > 1:
                 lines.append((f"{WHO[who]}, {HOSTS[name]}", points))
     if not lines:
         return None
@@ -149,8 +154,10 @@ def _lines(
             label=words.replace("`", ""),
         )
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     if logarithmic_x:
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(visible=True, linewidth=0.3)
@@ -198,7 +205,7 @@ def _sizes(plt: Any, parts: Parts) -> Any:
 def _density(plt: Any, parts: Parts) -> Any:
     """LightVM's figure 10: as many guests as the machine holds."""
     lines = []
-    for kind, rounds in parts.get("density", {}).get("result", {}).get("rounds", {}).items():
+    for kind, rounds in density_rounds(parts).items():
         process = next(
             (each["calls"]["spawn"] for each in rounds if "spawn" in each.get("calls", {})), None
         )

@@ -16,15 +16,24 @@ WARM = Bound("warm", "warm/0vif/returned", "spawn/returned", 0.5, 0.25, "the poi
 
 
 def verdict(row: list[float], over: list[float]) -> bounds.Verdict:
-    rows = {WARM.row: row, WARM.over: over}
+    """Samples that were taken in turn, one a second."""
+    rows = {WARM.row: [*enumerate(row)], WARM.over: [*enumerate(over)]}
     (found,) = bounds.check([WARM], rows)
     return found
 
 
-def test_a_ratio_of_medians() -> None:
-    found = verdict([20.0, 25.0, 900.0], [100.0, 100.0, 5.0])
+def test_outliers_do_not_count() -> None:
+    found = verdict([25.0, 25.0, 900.0], [100.0, 100.0, 5.0])
     assert found.ratio == 0.25
     assert found.passed
+
+
+def test_a_machine_that_slows_down_in_between_changes_nothing() -> None:
+    """Where a ratio of medians would be 1.0: three slow creates of five, two slow processes."""
+    creates = [25.0, 25.0, 100.0, 100.0, 100.0]
+    processes = [100.0, 100.0, 400.0, 400.0, 400.0]
+    found = verdict(creates, [*processes[:2], 100.0, *processes[3:]])
+    assert found.ratio == 0.25
 
 
 def test_what_gets_worse_fails() -> None:

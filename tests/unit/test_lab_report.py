@@ -37,7 +37,7 @@ def comparison(*, xenstored: bool) -> dict[str, Any]:
             "xen": "4.17.5", "linux": "6.1.0", "chaos": "1.0", "dom0_cpus": 2,
             "dom0_memory_mib": 1000, "packages": {"crun": "1.8"}, "xenstored": xenstored,
         },
-        "rows": rows,
+        "rows": {name: [*enumerate(samples)] for name, samples in rows.items()},
         "growth": {"warm": growth, "xl": []},
         "categories": {"warm/0vif": [{"toolstack": 3.0, "hypervisor": 3.0}, {"toolstack": 9.0}]},
     }  # fmt: skip
@@ -66,8 +66,8 @@ def everything() -> dict[str, Any]:
     density = {
         "rounds": {"tiny": rounds},
         "per_guest": {"tiny": {"guest": 1024.0, "run_files": 4.5}},
-        "ping": {"asked": 1000, "answered": 999},
     }
+    wired = {"rounds": {"daytime": []}, "ping": {"asked": 1000, "answered": 999}}
     against = {"toolstack": "xl", "categories": {"bus": {"median_ms": 600.0, "p99_ms": 700.0}}}
     return {
         "noxs": part("noxs", comparison(xenstored=False)),
@@ -75,6 +75,7 @@ def everything() -> dict[str, Any]:
         "profile": part("profile", {"against": against}),
         "sizes": part("sizes", sizes),
         "density": part("density", density),
+        "wired": part("wired", wired),
     }
 
 
@@ -127,7 +128,7 @@ def test_the_report() -> None:
     assert "(ends.svg)" in text
     assert "sizes.svg" not in text  # what was not drawn is not shown
     assert "8,000 guests `tiny`" in text
-    assert "999 of 1000 guests" in text
+    assert "999 of 1000 of them" in text
     assert "scripts/lab run -- density" in text
     assert "a cpu, 2 processors, 24 GiB" in text
     assert text.count("## ") == 8

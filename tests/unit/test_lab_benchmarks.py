@@ -1,0 +1,51 @@
+"""scripts/bench: its parts, and a report made again from figures that are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lab import benchmarks
+from lab.benchmarks import PARTS, QUICK, Part
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_the_command_line_that_is_shown_runs_the_part_alone() -> None:
+    roomy = Part("x", "python3 bench/x.py -n 1", 1, {"memory": 8 << 30, "xenstored": True})
+    assert roomy.shown("12") == "scripts/lab run --memory 8G --xenstored -- python3 bench/x.py -n 1"
+    assert QUICK.shown("13").startswith("scripts/lab run --debian 13 --xenstored -- python3 bench/")
+
+
+def test_parts_of_one_kind_of_host_share_a_boot() -> None:
+    boots = [str(options) for options, _ in groupby(PARTS, key=lambda part: part.options)]
+    assert len(boots) == len(set(boots))
+    assert len({part.name for part in PARTS}) == len(PARTS)
+
+
+def test_what_parts_run_is_there() -> None:
+    for part in (*PARTS, QUICK):
+        for script in re.findall(r"bench/\w+\.py", part.command):
+            assert (benchmarks.cache.TREE / script).exists(), part.name
+
+
+def test_a_report_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    raw = tmp_path / benchmarks.RAW
+    part = {
+        "result": {"against": {"categories": {}}}, "seconds": 1, "date": "2026-01-02",
+        "commit": "abc", "debian": "12", "machine": benchmarks.machine(), "command": "x",
+        "options": {},
+    }  # fmt: skip
+    raw.write_text(json.dumps({"profile": part}))
+    assert benchmarks.main(["-k", str(raw)]) == 0
+    text = (tmp_path / benchmarks.REPORT).read_text()
+    assert "2026-01-02" in text
+    raw.write_text("{")
+    assert benchmarks.main(["-k", str(raw)]) == 2
