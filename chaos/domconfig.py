@@ -7,7 +7,7 @@ However a DomainConfig was made, its values are sound: construction raises Confi
 from __future__ import annotations
 
 from base64 import b64encode
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from chaos.xldoc import Place, quote
@@ -157,6 +157,15 @@ class DomainConfig:
             cause = f"a {self.type} domain has no emulated network card"
             raise ConfigError(cause, hint="leave type=ioemu out", key="vif")
 
+    def named(self, name: str) -> DomainConfig:
+        """The same under another name; nothing else is checked again. ConfigError."""
+        check_name(name)
+        config = object.__new__(DomainConfig)
+        for copy in _FIELDS:
+            object.__setattr__(config, copy, getattr(self, copy))
+        object.__setattr__(config, "name", name)
+        return config
+
     def as_dict(self) -> dict[str, Any]:
         """The same for JSON, under the names of the settings; chaos.configjson reads it back.
 
@@ -247,3 +256,6 @@ def _check_unique(key: str, what: str, values: Iterable[object]) -> None:
         if value in seen:
             raise ConfigError(f"two {key}s have the {what} {value}", key=key)
         seen.add(value)
+
+
+_FIELDS = tuple(each.name for each in fields(DomainConfig))

@@ -45,17 +45,19 @@ from xenctypes.errors import CallFailed, ChaosError, ImageError, StepError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from chaos.domconfig import DomainConfig
     from chaos.image import Identity, ImageInfo, OpenImage
     from xenctypes.guest import DomBuilder
 
 MESSAGE_MAX = 1 << 18
 NICE = 10
-VERSIONS_MAX = 64
-"""Versions of image files that a maker remembers something of."""
+REMEMBERED_MAX = 64
+"""Versions of image files, and configurations, that a maker remembers something of."""
 NAME = b"chaosd-maker"
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 PR_SET_NO_NEW_PRIVS = 38
 
+Key = TypeVar("Key")
 Kept = TypeVar("Kept")
 
 
@@ -105,6 +107,7 @@ class Maker:
         self.shells: dict[str, Creation] = {}
         self.digests: dict[Identity, str] = {}
         self.infos: dict[Identity, ImageInfo] = {}
+        self.configs: dict[bytes, DomainConfig] = {}
 
     def serve(self) -> None:
         """Answer until the daemon closes its end."""
@@ -158,7 +161,7 @@ class Maker:
     def _load(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """An image into a shell that is here; a failure ends the shell."""
         creation = self.shells.pop(request["uuid"])
-        creation.config = from_dict(request["config"])
+        creation.config = self._config(request)
         timings: list[Timing] = []
         try:
             self._open(creation, fds)
@@ -180,7 +183,7 @@ class Maker:
 
     def _creation(self, request: dict[str, Any]) -> Creation:
         creation = Creation(
-            from_dict(request["config"]),
+            self._config(request),
             self.host,
             self.builder,  # type: ignore[arg-type]  # has the methods that the steps use
             self.names,
@@ -197,6 +200,15 @@ class Maker:
         )
         creation.entry = self.names.entry(request["uuid"])
         return creation
+
+    def _config(self, request: dict[str, Any]) -> DomainConfig:
+        """What to make, under a name of the shell's; one that was asked for before, from memory."""
+        packed = request["config"]
+        config = self.configs.get(packed)
+        if config is None:
+            config = from_dict(msgpack.unpackb(packed))
+            _remember(self.configs, packed, config)
+        return config.named(f"shell-{request['uuid'][:8]}")
 
     def _open(self, creation: Creation, fds: list[int]) -> None:
         path = creation.config.kernel
@@ -244,10 +256,10 @@ class Maker:
         }
 
 
-def _remember(memory: dict[Identity, Kept], identity: Identity, value: Kept) -> None:
-    if len(memory) >= VERSIONS_MAX:
+def _remember(memory: dict[Key, Kept], key: Key, value: Kept) -> None:
+    if len(memory) >= REMEMBERED_MAX:
         memory.clear()
-    memory[identity] = value
+    memory[key] = value
 
 
 def _adopt(fds: list[int], index: int, path: str) -> OpenImage:

@@ -19,6 +19,8 @@ import uuid as uuid_module
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any
 
+import msgpack
+
 from chaos import pvh
 from chaos.create import MIB_SHIFT
 from chaos.daemon.flavour import Flavour, Source
@@ -53,6 +55,8 @@ OVERHEAD_MIB = 2
 ASKED_OFTEN = 3
 ASKED_WITHIN = 60.0
 ASKED_MAX = 256
+TOLD_MAX = 256
+"""Configurations that are kept as makers are told them."""
 ADAPTIVE_MAX = 16
 ADAPTIVE = "adaptive-"
 NOT_REFILLED, NOT_TIDIED = "the pool is not refilled", "the pool is not looked after"
@@ -85,6 +89,7 @@ class Pool:
         self.deaths = 0
         self.closing = False
         self._asked: OrderedDict[Key, deque[float]] = OrderedDict()
+        self._told: OrderedDict[tuple[Shape, str, str, str], bytes] = OrderedDict()
         self._loop = asyncio.get_running_loop()
         self._quiet_from = 0.0
         self._wake = asyncio.Event()
@@ -372,7 +377,7 @@ class Pool:
         request = {
             "do": "make",
             "uuid": uuid,
-            "config": blank(config, f"shell-{uuid[:8]}").as_dict(),
+            "config": self._packed(config, shape),
             "macs": macs,
             "metadata_room": room,
         }
@@ -388,6 +393,16 @@ class Pool:
         if not opened:
             shell.worker = worker
         return shell
+
+    def _packed(self, config: DomainConfig, shape: Shape) -> bytes:
+        """What makers are told of a shell's configuration; what comes late is not in it."""
+        key = (shape, config.kernel, config.ramdisk, config.cmdline)
+        packed = self._told.get(key)
+        if packed is None:
+            packed = self._told[key] = msgpack.packb(blank(config, "shell").as_dict())
+            if len(self._told) > TOLD_MAX:
+                self._told.popitem(last=False)
+        return packed
 
     async def order(
         self,
@@ -441,7 +456,7 @@ class Pool:
             request = {
                 "do": "load",
                 "uuid": shell.uuid,
-                "config": blank(config, f"shell-{shell.uuid[:8]}").as_dict(),
+                "config": self._packed(config, shell.shape),
             }
             fds = [each.fd for each in opened]
             made = await worker.ask(request, fds, urgent=True, told=told)

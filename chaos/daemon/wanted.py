@@ -12,14 +12,12 @@ import os
 import re
 import stat
 from collections import OrderedDict
-from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple
 
 from chaos import config as configuration
 from chaos import image
 from chaos.daemon.flavour import Source
 from chaos.daemon.rights import Peer, borrowed
-from chaos.domconfig import DomainConfig, check_name
 from chaos.shape import Shape, shape_of
 from noxs.page import more_pages
 from xenctypes.errors import ConfigError
@@ -27,6 +25,7 @@ from xenctypes.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from chaos.domconfig import DomainConfig
     from chaos.image import Identity, OpenImage
     from chaos.shape import ImageKey
 
@@ -37,7 +36,6 @@ LONG = 1 << 12
 CPUS_MAX = 1 << 17
 """Characters of all vCPUs' sets of CPUs, half of what a shell maker takes."""
 _NAME = re.compile(r"""\s*name\s*=\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*;?\s*""")
-_FIELDS = tuple(field.name for field in fields(DomainConfig))
 
 
 class NotHere(Exception):
@@ -75,12 +73,7 @@ class Wanted(NamedTuple):
 
     def named(self, name: str) -> Wanted:
         """The same under another name. ConfigError."""
-        check_name(name)
-        config = object.__new__(DomainConfig)
-        for field in _FIELDS:
-            object.__setattr__(config, field, getattr(self.config, field))
-        object.__setattr__(config, "name", name)
-        return self._replace(config=config)
+        return self._replace(config=self.config.named(name))
 
     def key(self, peer: Peer) -> ImageKey:
         """The version of the image that its paths name now, if the peer may read it. ImageError."""

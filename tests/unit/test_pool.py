@@ -6,10 +6,12 @@ import asyncio
 import errno
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import msgpack
 import pytest
 from paper_xen import Xen
 
@@ -48,12 +50,14 @@ class Maker:
         self.job = None
         self.jobs: list[Any] = []
         self.pid = 1
+        self.asked: list[dict[str, Any]] = []
 
     @property
     def idle(self) -> bool:
         return self.ready
 
     def ask(self, request: dict[str, Any], *_: Any, **more: Any) -> asyncio.Future[Any]:
+        self.asked.append(request)
         if told := more.get("told"):
             for step in ("create domain", "load"):
                 told(step)
@@ -64,7 +68,8 @@ class Maker:
             future.set_exception(MakerDied("a shell maker failed: it died"))
             return future
         if request["do"] == "make":
-            domid = self.xen.create(request["uuid"], mib=request["config"]["memory"])
+            config = msgpack.unpackb(request["config"])
+            domid = self.xen.create(request["uuid"], mib=config["memory"])
         else:
             domid = next(
                 d.domid
@@ -153,6 +158,22 @@ async def until(true: Callable[[], Any]) -> None:
 async def filled(pool: Pool) -> None:
     flavours = pool.flavours.values()
     await until(lambda: all(flavour.missing <= 0 and not flavour.making for flavour in flavours))
+
+
+def test_makers_are_told_what_is_fixed_and_nothing_of_the_guest(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        base = config(vifs=(VIF,))
+        other = replace(base, name="y", uuid=b"0123456789abcdef", on_crash="restart", metadata=b"z")
+        changed = ({"cmdline": "quiet"}, {"vcpus": 2, "maxvcpus": 2})
+        for each in (base, other, *(replace(base, **change) for change in changed)):
+            await lab.pool.make(each, [], None)
+        makers: Any = lab.pool.workers
+        told = [msgpack.unpackb(each["config"]) for maker in makers for each in maker.asked]
+        assert told[0] == told[1]
+        assert (told[1]["uuid"], told[1]["noxs_metadata"]) == (None, "")
+        assert told[2:] == [told[0] | change for change in changed]
+
+    run(test)
 
 
 def test_without_a_maker_nothing_is_left_of_a_create(run: Callable[..., None]) -> None:
