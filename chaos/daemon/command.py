@@ -61,6 +61,7 @@ LOGGED = frozenset(
 """Verbs and methods whose callers stand in the log: whatever changes something, or listens."""
 LOGGED_MAX = 200
 SMALL = 1024
+QUIET = frozenset(["-q", "--quiet"])
 """Bytes that a descriptor which polls writable takes without blocking (PIPE_BUF is 4096)."""
 FLUSH_SECONDS = 1.0
 """How long an interrupted command's last words may take to be read, and descriptors to close."""
@@ -132,9 +133,10 @@ class Command:
     def begin(self) -> Coroutine[Any, Any, Any] | None:
         """Answer at once if that can be, else return what is left to do. NotHere."""
         try:
-            if self._is_plain_create():
+            words = [word for word in self.argv[1:] if word not in QUIET]
+            if self.argv[:1] == ["create"] and words and not any(w[:1] == "-" for w in words):
                 self._log(self.argv, "create")
-                if self._create_now():
+                if self._create_now(words, quiet=len(words) < len(self.argv) - 1):
                     self.close()
                     return None
         except BaseException:
@@ -151,16 +153,13 @@ class Command:
 
     # The fast path
 
-    def _is_plain_create(self) -> bool:
-        argv = self.argv
-        return len(argv) > 1 and argv[0] == "create" and not any(w[:1] == "-" for w in argv[1:])
-
-    def _create_now(self) -> bool:
+    def _create_now(self, words: list[str], *, quiet: bool) -> bool:
         """Create from a warm shell and answer; False if there is none."""
         daemon, peer = self.daemon, self.connection.peer
         try:
-            wanted = daemon.reader.read(peer, self.directory, self.argv[1], self.argv[2:])
-            if wanted.warnings or not (self._writable(1) and self._writable(2)):
+            wanted = daemon.reader.read(peer, self.directory, words[0], words[1:])
+            talks = wanted.warnings or not (self._writable(1) and self._writable(2))
+            if talks and not quiet:
                 return False
             delivery = daemon.create_now(wanted, peer)
         except TooLong:
@@ -174,7 +173,9 @@ class Command:
             return True
         if delivery is None:
             return False
-        _write(self.fds[1], f"created {delivery.config.name}, domain {delivery.shell.domid}\n")
+        if not quiet:
+            line = f"created {delivery.config.name}, domain {delivery.shell.domid}\n"
+            _write(self.fds[1], line)
         self._answer(0)
         return True
 

@@ -113,6 +113,21 @@ def want(config: DomainConfig, warnings: Sequence[str] = ()) -> Wanted:
     )
 
 
+def _without_name(overrides: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The name that one of the overrides gives and nothing else, and the other overrides.
+
+    None if there is no such one, or if another one behind it may give a name too.
+    """
+    for index in range(len(overrides) - 1, -1, -1):
+        match = _NAME.fullmatch(overrides[index])
+        if match:
+            name = match[1] if match[1] is not None else match[2]
+            return name, (*overrides[:index], *overrides[index + 1 :])
+        if "name" in overrides[index]:
+            break
+    return None, tuple(overrides)
+
+
 class Reader:
     """Reads configurations, with a memory."""
 
@@ -127,11 +142,7 @@ class Reader:
         full = os.path.join(directory, path)
         if full.startswith(("/dev/", "/proc/")) or not os.path.isabs(full):
             raise NotHere  # in the latter case the client's directory has no path
-        name = None
-        rest = tuple(overrides)
-        if overrides and (match := _NAME.fullmatch(overrides[-1])):
-            name = match[1] if match[1] is not None else match[2]
-            rest = rest[:-1]
+        name, rest = _without_name(overrides)
         try:
             with borrowed(peer):
                 found = self._find(peer, full, path, directory, rest)

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,40 @@ def test_a_file_s_text_is_read_once(config: Path, monkeypatch: pytest.MonkeyPatc
     reader.read(MINE, str(config.parent), "a.cfg", ["memory=5"])
     monkeypatch.setattr(os, "open", None)
     assert reader.read(MINE, str(config.parent), "a.cfg", ["memory=6"]).config.memory == 6
+
+
+def outcome(read: Callable[[], object]) -> object:
+    """What is read, or what is wrong."""
+    try:
+        return read()
+    except ConfigError as error:
+        return error.message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ['name="x"', "memory=5"],
+        ["memory=5", 'name="x"'],
+        ['name="x"', "name='y'", "vcpus=2"],
+        ['name="x"', 'memory=5; name="y"'],
+        ['name="x"', "vif=['bridge=b,vifname=v']"],
+        ['name="x"; memory=5', 'name="y"'],
+        ['name="x" "y"', "memory=5"],
+    ],
+)
+def test_a_name_is_taken_from_any_override_as_the_parser_does(
+    config: Path, overrides: list[str]
+) -> None:
+    reader = Reader()
+
+    def parsed() -> object:
+        text = config.read_bytes()
+        return interpret(text, str(config), overrides, directory="/", regular=True)[0]
+
+    for _ in range(2):  # the second time from memory
+        found = outcome(lambda: reader.read(MINE, "/", str(config), overrides).config)
+        assert found == outcome(parsed)
 
 
 def test_a_name_alone_costs_no_reading(config: Path) -> None:
