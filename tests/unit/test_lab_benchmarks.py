@@ -49,3 +49,41 @@ def test_a_report_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "2026-01-02" in text
     raw.write_text("{")
     assert benchmarks.main(["-k", str(raw)]) == 2
+
+
+def quick(
+    monkeypatch: pytest.MonkeyPatch, rows: dict[str, list[tuple[float, float]]] | None
+) -> int:
+    """The exit status of --quick that measured these rows, or failed to."""
+    outcome = None if rows is None else {"seconds": 1, "result": {"rows": rows}}
+    monkeypatch.setattr(benchmarks, "_measured", lambda *_: iter([(QUICK, outcome)]))
+    return benchmarks.main(["--quick"])
+
+
+def test_quick_fails_for_one_ratio_that_is_worse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = benchmarks.bounds.parse(benchmarks.BOUNDS.read_text())
+    # Each row as long as its place in the bounds wants, beginning at a process of 100 ms.
+    length = {"spawn/returned": 100.0, "spawn/returned@20": 100.0, "crun/returned": 1e3}
+    length |= {"xl/0vif/returned": 2e3, "xl/1vif/returned": 8e3}
+    for bound in wanted:
+        length.setdefault(bound.row, bound.measured * length[bound.over])
+    rows = {name: [(0.0, each), (1.0, each)] for name, each in length.items()}
+    assert quick(monkeypatch, rows) == 0
+    told = capsys.readouterr().out
+    assert "WORSE" not in told
+    assert f"{len(wanted)} ratios within their bounds, 0 worse" in told
+
+    worse = wanted[0]
+    rows[worse.row] = [(0.0, worse.at_most * 1.01 * length[worse.over])]
+    assert quick(monkeypatch, rows) == 1
+    assert capsys.readouterr().out.count("WORSE") == 1
+
+    del rows[worse.row]
+    assert quick(monkeypatch, rows) == 1
+    assert "missing" in capsys.readouterr().out
+
+
+def test_quick_fails_when_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quick(monkeypatch, None) == 1
