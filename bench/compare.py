@@ -106,7 +106,7 @@ ADDRESS, MAC = "10.77.0.9", "00:16:3e:77:00:09"
 PING_SECONDS = 0.004
 WARM_UP = 2  # the first creates run code that the emulator has not translated yet
 QUICK = {"count": 9, "every": 3, "at_once": 0, "guests": [20], "beside": 7, "xl_guests": 0}
-FULL = {"count": 14, "every": 2, "at_once": 3, "guests": [100, 1000], "beside": 9, "xl_guests": 60}
+FULL = {"count": 12, "every": 3, "at_once": 2, "guests": [100, 1000], "beside": 7, "xl_guests": 40}
 READY_SECONDS = 60.0
 
 
