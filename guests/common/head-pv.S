@@ -20,7 +20,8 @@
         XEN_NOTE XEN_ELFNOTE_XEN_VERSION,    .asciz, "xen-3.0"
         XEN_NOTE XEN_ELFNOTE_FEATURES,       .asciz, "pae_pgdir_above_4gb"
         XEN_NOTE XEN_ELFNOTE_PAE_MODE,       .asciz, "yes"
-        XEN_NOTE XEN_ELFNOTE_VIRT_BASE,      .quad,  0
+        XEN_NOTE XEN_ELFNOTE_VIRT_BASE,      .quad,  pv_base
+        XEN_NOTE XEN_ELFNOTE_PADDR_OFFSET,   .quad,  pv_base
         XEN_NOTE XEN_ELFNOTE_ENTRY,          .quad,  _start
         XEN_NOTE XEN_ELFNOTE_HYPERCALL_PAGE, .quad,  hypercall_page
 

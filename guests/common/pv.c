@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
- * PV: the memory layout is that of "Start-of-day memory layout" in public/xen.h, with
- * VIRT_BASE 0, so that pseudo-physical page p is at address p << 12 as far as the bootstrap
- * mapping goes. What lies beyond is mapped into a window of this image's own addresses.
+ * PV: the memory layout is that of "Start-of-day memory layout" in public/xen.h, so that
+ * pseudo-physical page p is at VIRT_BASE + (p << 12) as far as the bootstrap mapping goes.
+ * What lies beyond is mapped into a window of this image's own addresses.
  */
 #include "hypercall.h"
 #include "lib.h"
@@ -16,12 +16,19 @@
 
 #define WINDOW_PAGES (1 + GRANT_FRAMES)
 
+extern char pv_base[]; /* guest.lds: VIRT_BASE, 0 for most images */
+
 void masking_callback(void);
 void platform_start(const struct start_info *info, uint64_t stack) __attribute__((noreturn));
 
 static char window[WINDOW_PAGES][NOXS_PAGE_SIZE] __attribute__((aligned(NOXS_PAGE_SIZE)));
 static uint32_t window_used;
 static const struct start_info *start_info;
+
+static uint64_t address_of(uint32_t pfn)
+{
+    return (uint64_t)pv_base + ((uint64_t)pfn << 12);
+}
 
 static uint32_t mfn_to_pfn(uint64_t mfn)
 {
@@ -43,7 +50,7 @@ static uint64_t page_entry(uint64_t va)
 
         if (!(entry & PTE_PRESENT) || shift == 12)
             return entry;
-        table = (const uint64_t *)((uint64_t)mfn_to_pfn((entry & PTE_FRAME) >> 12) << 12);
+        table = (const uint64_t *)address_of(mfn_to_pfn((entry & PTE_FRAME) >> 12));
     }
 }
 
@@ -74,14 +81,14 @@ static void *map_far(uint32_t pfn)
             return NULL;
         platform.heap_end--;
     } while (have_noxs && noxs_reserved(&noxs, platform.heap_end));
-    if (update_mapping((void *)((uint64_t)platform.heap_end << 12), pfn_to_mfn(pfn) << 12 | PTE_PRW))
+    if (update_mapping((void *)address_of(platform.heap_end), pfn_to_mfn(pfn) << 12 | PTE_PRW))
         return NULL;
-    return (void *)((uint64_t)platform.heap_end << 12);
+    return (void *)address_of(platform.heap_end);
 }
 
 static void *map(uint32_t pfn)
 {
-    uint64_t va = (uint64_t)pfn << 12;
+    uint64_t va = address_of(pfn);
 
     if (pfn >= start_info->nr_pages)
         return NULL;
@@ -124,7 +131,7 @@ static void *map_grants(uint32_t *entries)
 
 static uint32_t page_after(uint32_t highest, uint64_t end)
 {
-    uint32_t page = (uint32_t)((end + NOXS_PAGE_SIZE - 1) / NOXS_PAGE_SIZE);
+    uint32_t page = (uint32_t)((end - address_of(0) + NOXS_PAGE_SIZE - 1) / NOXS_PAGE_SIZE);
 
     return page > highest ? page : highest;
 }
@@ -173,7 +180,7 @@ void platform_start(const struct start_info *info, uint64_t stack)
         heap = page_after(heap, info->mod_start + info->mod_len);
     platform.heap = platform.heap_end = heap;
     while (platform.heap_end < info->nr_pages &&
-           (page_entry((uint64_t)platform.heap_end << 12) & PTE_PRESENT))
+           (page_entry(address_of(platform.heap_end)) & PTE_PRESENT))
         platform.heap_end++;
 
     platform_run();

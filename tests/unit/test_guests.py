@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 GUESTS = ROOT / "guests"
 LIMITS = {
     "hello": 100_000,
+    "tiny": 100_000,
     "spin": 100_000,
     "daytime": 150_000,
     "chatty": 100_000,
@@ -29,8 +30,12 @@ LIMITS = {
     "noxs-fuzz": 100_000,
 }
 
+PV_BASES = {"tiny": 3 << 20}
+"""Where a PV guest's memory begins, for those where it is not 0."""
+
 PT_NOTE = 4
-ELFNOTE_ENTRY, ELFNOTE_HYPERCALL_PAGE, ELFNOTE_VIRT_BASE, ELFNOTE_XEN_VERSION = 1, 2, 3, 5
+ELFNOTE_ENTRY, ELFNOTE_HYPERCALL_PAGE, ELFNOTE_VIRT_BASE, ELFNOTE_PADDR_OFFSET = 1, 2, 3, 4
+ELFNOTE_XEN_VERSION = 5
 ELFNOTE_PHYS32_ENTRY = 18
 
 
@@ -69,7 +74,10 @@ def test_images(built: Path, name: str) -> None:
     found = notes(image)
     assert found["noxs", page.NOTE_TYPE] == struct.pack("<I", page.ABI_VERSION)
     assert found["Xen", ELFNOTE_XEN_VERSION] == b"xen-3.0\0"
-    assert found["Xen", ELFNOTE_VIRT_BASE] == bytes(8)
+    base = PV_BASES.get(name, 0)
+    for note in (ELFNOTE_VIRT_BASE, ELFNOTE_PADDR_OFFSET):
+        assert found["Xen", note] == struct.pack("<Q", base)
+    assert int.from_bytes(image[24:32], "little") == base + abi.PAGE_SIZE
     assert found["Xen", ELFNOTE_ENTRY] == image[24:32]
     assert len(found["Xen", ELFNOTE_PHYS32_ENTRY]) == 4
     assert int.from_bytes(found["Xen", ELFNOTE_HYPERCALL_PAGE], "little") % abi.PAGE_SIZE == 0
