@@ -100,17 +100,6 @@ class OpenImage:
             return True
         return not self.identity == named == identity(os.fstat(self.fd))
 
-    def digest(self) -> str:
-        """SHA-256 of the contents, in hexadecimal."""
-        import hashlib
-
-        digest = hashlib.sha256()
-        offset = 0
-        while chunk := os.pread(self.fd, 1 << 20, offset):
-            digest.update(chunk)
-            offset += len(chunk)
-        return digest.hexdigest()
-
     def close(self) -> None:
         """Close the descriptor; twice does no harm."""
         if self.fd >= 0:

@@ -96,7 +96,6 @@ class Flavour:
     problem: str = ""
     not_before: float = 0.0
     asked: float = 0.0
-    digest: str = ""
 
     @property
     def missing(self) -> int:

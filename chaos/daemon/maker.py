@@ -105,7 +105,6 @@ class Maker:
         self.host = Host()
         self.builder = LocalBuilder(self.host)
         self.shells: dict[str, Creation] = {}
-        self.digests: dict[Identity, str] = {}
         self.infos: dict[Identity, ImageInfo] = {}
         self.configs: dict[bytes, DomainConfig] = {}
 
@@ -143,7 +142,6 @@ class Maker:
         if warm:
             self._open(creation, fds)
         timings: list[Timing] = []
-        digest = self._digest(creation.kernel)
         steps = SHELL_STEPS + IMAGE_STEPS if warm else SHELL_STEPS
         try:
             told = self._told(request)
@@ -156,7 +154,7 @@ class Maker:
                 _close(creation)
         if not warm:
             self.shells[request["uuid"]] = creation
-        return self._describe(creation, timings, digest)
+        return self._describe(creation, timings)
 
     def _load(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """An image into a shell that is here; a failure ends the shell."""
@@ -227,17 +225,7 @@ class Maker:
             _remember(self.infos, image.identity, found)
         return found
 
-    def _digest(self, image: OpenImage | None) -> str:
-        """The image's SHA-256; of a version of a file that was read before, from memory."""
-        if image is None:
-            return ""
-        if image.identity not in self.digests:
-            _remember(self.digests, image.identity, image.digest())
-        return self.digests[image.identity]
-
-    def _describe(
-        self, creation: Creation, timings: list[Timing], digest: str = ""
-    ) -> dict[str, Any]:
+    def _describe(self, creation: Creation, timings: list[Timing]) -> dict[str, Any]:
         loaded = creation.loaded
         page = bytes(encode(creation.describe())) if creation.noxs else b""
         return {
@@ -250,7 +238,6 @@ class Maker:
             "page_frames": creation.page_frames if creation.noxs else [],
             "store_frame": loaded.store_frame if loaded else -1,
             "page": page,
-            "digest": digest,
             "disks": creation.record.disks if creation.record else [],
             "timings": [[t.name, t.phase, t.category, t.ns] for t in timings],
         }

@@ -630,8 +630,6 @@ class Pool:
         else:
             flavour.failures, flavour.problem = 0, ""
             flavour.made += 1
-            if flavour.source is not None and shell.digest != flavour.digest:
-                self._drain_others(flavour, shell)
             shell.spend(unawaited=True)
             if self.flavours.get(flavour.name) is flavour:
                 self._put(shell, flavour)
@@ -642,12 +640,6 @@ class Pool:
             for each in opened:
                 each.close()
             self._wake.set()
-
-    def _drain_others(self, flavour: Flavour, shell: Shell) -> None:
-        """The image has other contents than the one before: shells of that one go."""
-        flavour.digest = shell.digest
-        for other in [each for each in flavour.shells if each.digest != shell.digest]:
-            self._retire(other)
 
     # Memory
 

@@ -45,9 +45,9 @@ class Shell:
     """
 
     __slots__ = (
-        "console_frame", "console_port", "digest", "disks", "domid", "flavour", "host", "image",
-        "macs", "mapping", "names", "noxs", "pages", "port", "record_fd", "record_size", "shape",
-        "spent", "store", "store_frame", "store_port", "template", "timings", "uuid", "worker",
+        "console_frame", "console_port", "disks", "domid", "flavour", "host", "image", "macs",
+        "mapping", "names", "noxs", "pages", "port", "record_fd", "record_size", "shape", "spent",
+        "store", "store_frame", "store_port", "template", "timings", "uuid", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -62,7 +62,6 @@ class Shell:
         self.image: ImageKey | None = None
         self.worker: Worker | None = None
         self.flavour: Flavour | None = None
-        self.digest = ""
         self.disks: list[dict[str, Any]] = []
         self.domid = -1
         self.noxs = False
@@ -84,7 +83,6 @@ class Shell:
         self.noxs = made["noxs"]
         self.disks = made["disks"]
         self.store = made["store"]
-        self.digest = made["digest"] or self.digest
         self.spend([Timing(n, p, c, 0, ns) for n, p, c, ns in made["timings"]])
         if self.store_frame >= 0 and self.noxs:
             self.template = bytearray(made["page"])

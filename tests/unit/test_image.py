@@ -173,7 +173,6 @@ def test_changed_notices_a_rewrite_in_place(tmp_path: Path) -> None:
     with image.open_image(str(path)) as opened:
         os.utime(path, ns=(1, 1))
         assert opened.changed()
-        assert opened.digest() == opened.digest()
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class Maker:
         future.set_result(
             {
                 "domid": domid, "console_port": 1, "store_port": 2, "console_frame": 3,
-                "store_frame": 4 if warm else -1, "noxs": False, "digest": "", "page": b"",
+                "store_frame": 4 if warm else -1, "noxs": False, "page": b"",
                 "page_frames": [], "timings": [], "store": "", "disks": [],
             }
         )  # fmt: skip

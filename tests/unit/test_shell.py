@@ -33,7 +33,7 @@ def test_a_record_that_does_not_fit_undoes_the_delivery(
     shell = Shell(xen.host, names, A, shape_of(config), [], 0)
     made = {
         "domid": xen.create(A), "console_port": 1, "store_port": 2, "console_frame": 3,
-        "store_frame": -1, "noxs": False, "digest": "", "timings": [], "store": "", "disks": [],
+        "store_frame": -1, "noxs": False, "timings": [], "store": "", "disks": [],
     }  # fmt: skip
     shell.take_over(made)
     free = shell.record_size + room
