@@ -30,6 +30,7 @@ from noxs.abi import STATE_READY
 from noxs.page import read_guest_words
 from xenctypes.errors import CallFailed, ChaosError, StateError
 from xenctypes.evtchn import VIRQ_DOM_EXC
+from xenctypes.public import XEN_DOMINF_dying, XEN_DOMINF_shutdown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,8 +54,14 @@ EVENTS_FREE = 8
 EVENT_PAUSE, EVENT_PAUSE_MAX = 0.01, 1.0
 LOOK_SECONDS = 0.5
 """Between looks for deaths that nothing tells of: a list of all domains each."""
+LINKS = 2
+"""Of an empty directory; each directory in it is one more, on tmpfs and most others."""
+LIST_SECONDS = 30.0
+"""How long the number of directories is believed, which may be right by chance."""
 MTIME_GRAIN = 50_000_000
 """Nanoseconds within which two changes of a directory may leave it the same time."""
+NOBODY = (0, b"")
+"""Flags and UUID of a domain that is not there."""
 RETRY_SECONDS, RETRY_MAX = 1.0, 60.0
 """Seconds until a channel that another process has is asked for again, the first and last time."""
 
@@ -62,6 +69,7 @@ RETRY_SECONDS, RETRY_MAX = 1.0, 60.0
 class Guest:
     """A running domain. ``mapping`` is its device page, ``port`` our end of its store channel.
 
+    ``handle`` is its UUID as the hypervisor has it.
     ``born`` is when it began to run, monotonic: at ``since_ns``, or now. ``failures`` is how often
     in a row it died young, ``told`` whether its being ready was announced, ``events`` how many
     came before that.
@@ -70,12 +78,13 @@ class Guest:
 
     __slots__ = (
         "born", "config", "console_frame", "console_port", "death", "domid", "events", "failures",
-        "last_words", "mapping", "name", "noxs", "port", "ready_ms", "store_frame", "store_port",
-        "told", "unpaused_ns", "uuid", "waiters",
+        "handle", "last_words", "mapping", "name", "noxs", "port", "ready_ms", "store_frame",
+        "store_port", "told", "unpaused_ns", "uuid", "waiters",
     )  # fmt: skip
 
     def __init__(self, record: Record, config: DomainConfig, since_ns: int = 0) -> None:
         self.uuid = record.uuid
+        self.handle = bytes.fromhex(record.uuid.replace("-", ""))
         self.name = record.name
         self.domid = record.domid
         self.noxs = record.noxs
@@ -142,6 +151,7 @@ class Guests:
         self._ending: set[str] = set()
         self._refused: set[str] = set()
         self._seen_mtime = 0
+        self._list_by = 0.0
         self._unsettled: set[str] = set()
 
     def start(self) -> None:
@@ -325,17 +335,21 @@ class Guests:
     async def notice_others(self) -> None:
         """Adopt domains that commands without the daemon made meanwhile.
 
-        Where nothing happened this is one look at a directory, however many guests there are.
+        Where nothing happened, or nothing but to our own, this is one look at a directory, however
+        many guests there are: in one that has as many directories as we have domains is no other.
         """
         try:
-            mtime = os.stat(f"{self.names.path}/domains").st_mtime_ns
+            status = os.stat(f"{self.names.path}/domains")
         except FileNotFoundError:
             return
-        if mtime == self._seen_mtime and not self._unsettled:
+        mtime = status.st_mtime_ns
+        everything = mtime != self._seen_mtime
+        if everything and monotonic() < self._list_by:
+            everything = status.st_nlink != LINKS + self._directories()
+        if not everything and not self._unsettled:
             return
         # What changes in the same tick of the kernel's clock leaves the time as it is.
         settled = time_ns() - mtime > MTIME_GRAIN
-        everything = mtime != self._seen_mtime
         known = {*self.by_uuid, *self._ending, *self.daemon.pool.uuids()}
         unsettled = self._unsettled
 
@@ -347,7 +361,9 @@ class Guests:
             return found
 
         found = await self.daemon.in_thread(read)
-        self._seen_mtime = mtime if settled else 0
+        if everything:
+            self._seen_mtime = mtime if settled else 0
+            self._list_by = monotonic() + LIST_SECONDS
         # One that is being built comes to run without a change in the directory of all.
         self._unsettled = {
             uuid for uuid, record in found if record is not None and record.state == BUILDING
@@ -355,6 +371,11 @@ class Guests:
         for uuid, record in found:
             if record is not None and record.state == RUNNING:
                 self.lookup(uuid)
+
+    def _directories(self) -> int:
+        """How many domains have a directory because of us."""
+        leaving = sum(uuid not in self.by_uuid for uuid in self._ending)
+        return len(self.by_uuid) + leaving + self.daemon.pool.directories
 
     def info(self, domid: int, uuid: str) -> DomainInfo | None:
         """What the hypervisor says of a domain; None if another has its number by now."""
@@ -408,19 +429,33 @@ class Guests:
     def _look_now(self) -> None:
         self._look = None
         try:
-            infos = {info.uuid: info for info in self.host.ctrl.domain_list()}
+            news = self._news()
         except CallFailed as error:
             self.daemon.log(f"who died is not known: {error}")
             self._look = self._loop.call_later(RETRY_SECONDS, self._look_now)
             return
-        for guest in list(self.by_uuid.values()):
-            info = infos.get(uuid_module.UUID(guest.uuid).bytes)
-            if info is None or info.domid != guest.domid or info.dying:
+        for guest, info in news:
+            if info is None or info.dying:
                 self.forget(guest, "destroyed")
                 self.daemon.spawn(self._clean(guest.uuid))
-            elif info.shutdown and guest.uuid not in self._ending:
+            else:
                 self._ending.add(guest.uuid)
                 self.daemon.spawn(self._bury(guest, info))
+
+    def _news(self) -> list[tuple[Guest, DomainInfo | None]]:
+        """Guests that are gone, and those that have shut down with what the hypervisor says.
+
+        Each death has all guests looked at, so little is done for one of which there is no news.
+        """
+        there = {domid: (flags, uuid) for domid, flags, uuid in self.host.ctrl.domain_states()}
+        news: list[tuple[Guest, DomainInfo | None]] = []
+        for guest in self.by_uuid.values():
+            flags, uuid = there.get(guest.domid, NOBODY)
+            if uuid != guest.handle or flags & XEN_DOMINF_dying:
+                news.append((guest, None))
+            elif flags & XEN_DOMINF_shutdown and guest.uuid not in self._ending:
+                news.append((guest, self.info(guest.domid, guest.uuid)))
+        return news
 
     async def _clean(self, uuid: str) -> None:
         """Remove the record of a domain that somebody ended who does not know of records."""

@@ -97,6 +97,7 @@ class Pool:
         self._loops: list[asyncio.Task[None]] = []
         self._counter = 0
         self._seeking = 0
+        self._under_way = 0  # shells that are being made
         self._promised = 0  # MiB, to creates that are under way
         self._problems: dict[str, str] = {}
         self._changes: list[asyncio.Future[None]] = []
@@ -325,6 +326,11 @@ class Pool:
         """Those of the shells on the shelves."""
         return {shell.uuid for flavour in self.flavours.values() for shell in flavour.shells}
 
+    @property
+    def directories(self) -> int:
+        """How many shells have one in the registry, those that are being made included."""
+        return sum(len(flavour.shells) for flavour in self.flavours.values()) + self._under_way
+
     def domids(self) -> set[int]:
         """Theirs as well."""
         return {shell.domid for flavour in self.flavours.values() for shell in flavour.shells}
@@ -374,6 +380,7 @@ class Pool:
             self.host, names, uuid, shape, macs, more_pages(len(macs) + len(config.disks), room)
         )
         shell.image = key
+        self._under_way += 1
         request = {
             "do": "make",
             "uuid": uuid,
@@ -390,6 +397,8 @@ class Pool:
             self._let_go(shell)
             await asyncio.shield(self._reap(uuid))
             raise
+        finally:
+            self._under_way -= 1
         if not opened:
             shell.worker = worker
         return shell

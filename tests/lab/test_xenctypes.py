@@ -195,6 +195,10 @@ def test_lists_longer_than_one_hypercall(host: Host, monkeypatch: pytest.MonkeyP
     assert [info.domid for info in host.xenctrl.domain_list()] == whole
     assert set(created) <= set(whole)
     assert [info.domid for info in host.xenctrl.domain_list(first=created[-1])] == created[-1:]
+    lasting = public.XEN_DOMINF_dying | public.XEN_DOMINF_shutdown | public.XEN_DOMINF_paused
+    assert [
+        (domid, flags & lasting, uuid) for domid, flags, uuid in host.xenctrl.domain_states()
+    ] == [(info.domid, info.flags & lasting, info.uuid) for info in host.xenctrl.domain_list()]
 
 
 def test_shutdown_tells_the_reason_and_wakes_virq_dom_exc(host: Host) -> None:

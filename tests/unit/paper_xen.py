@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from xenctypes.errors import BusError, CallFailed
+from xenctypes.public import XEN_DOMINF_dying, XEN_DOMINF_shutdown
 
 
 class Xen:
@@ -63,6 +64,17 @@ class Xen:
     def domain_list(self) -> list[SimpleNamespace]:
         self._call("domain_list")
         return list(self.domains.values())
+
+    def domain_states(self) -> list[tuple[int, int, bytes]]:
+        self._call("domain_states")
+        return [
+            (
+                each.domid,
+                each.dying * XEN_DOMINF_dying | each.shutdown * XEN_DOMINF_shutdown,
+                each.uuid,
+            )
+            for each in self.domains.values()
+        ]
 
     def domain_info(self, domid: int) -> SimpleNamespace | None:
         return self.domains.get(domid)

@@ -48,7 +48,7 @@ class Lab:
         self.loop = asyncio.get_running_loop()
         self.news = asyncio.Event()
         self.tasks: list[asyncio.Task[Any]] = []
-        self.pool = SimpleNamespace(uuids=set)
+        self.pool = SimpleNamespace(uuids=set, directories=0)
         self.threads = 0
         daemon: Any = self
         self.guests = Guests(daemon)
@@ -325,7 +325,7 @@ def test_what_other_commands_make_is_noticed_and_nothing_costs_nothing(
         guests, directory = lab.guests, f"{lab.names.path}/domains"
         old = lab.record()
         lab.adopted(old)
-        lab.pool.uuids = lambda: {SHELL}
+        lab.pool.uuids, lab.pool.directories = lambda: {SHELL}, 1
         lab.names.add_shell(Record(SHELL, "", state=registry.SHELL)).close()
         # Another command makes a domain, and is seen at it.
         record = Record(B, "other", registry.BUILDING, lab.xen.create(B, paused=False))
@@ -352,6 +352,35 @@ def test_what_other_commands_make_is_noticed_and_nothing_costs_nothing(
     run(test)
 
 
+def test_our_own_domains_have_nobody_look_through_all_of_them(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        guests, directory = lab.guests, f"{lab.names.path}/domains"
+        old = lab.record()
+        lab.adopted(old)
+        if os.stat(directory).st_nlink != module.LINKS + 1:
+            pytest.skip("this file system does not count directories")
+        await guests.notice_others()
+        listed = lab.threads
+        for number in range(3):  # the pool makes shells
+            lab.names.add_shell(Record(f"{SHELL[:-1]}{number}", "", state=registry.SHELL)).close()
+            lab.pool.directories += 1
+            os.utime(directory, ns=(1, 1 + number))
+            await guests.notice_others()
+        assert lab.threads == listed
+        # One is gone and another command's has come: as many as before, but not for ever.
+        record = Record(B, "other", RUNNING, lab.xen.create(B, paused=False), config=old.config)
+        lab.names.reserve(record).close()
+        os.rename(f"{directory}/{SHELL[:-1]}0", f"{lab.names.path}/elsewhere")
+        os.utime(directory, ns=(1, 9))
+        await guests.notice_others()
+        assert B not in guests.by_uuid
+        guests._list_by = 0.0
+        await guests.notice_others()
+        assert B in guests.by_uuid
+
+    run(test)
+
+
 def test_what_cannot_be_adopted_is_said_once(run: Callable[..., None]) -> None:
     async def test(lab: Lab) -> None:
         record = lab.record()
@@ -374,7 +403,7 @@ def test_who_died_is_looked_for_again_after_a_failure(
     async def test(lab: Lab) -> None:
         lab.adopted(lab.record())
         lab.xen.domains.clear()
-        lab.xen.failing["domain_list"] = BUSY
+        lab.xen.failing["domain_states"] = BUSY
         lab.guests._look_now()
         assert A in lab.guests.by_uuid
         lab.xen.failing.clear()

@@ -186,6 +186,30 @@ def test_without_a_maker_nothing_is_left_of_a_create(run: Callable[..., None]) -
     run(test)
 
 
+def test_directories_are_counted_from_when_they_are_there(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, seen = Maker.ask, []
+
+    async def test(lab: Lab) -> None:
+        def counted(maker: Maker, request: dict[str, Any], *args: Any, **more: Any) -> Any:
+            if request["do"] == "make":
+                seen.append((lab.pool.directories, len(os.listdir(f"{lab.names.path}/domains"))))
+            return ask(maker, request, *args, **more)
+
+        monkeypatch.setattr(Maker, "ask", counted)
+        lab.pool.add(spec(size=3))
+        await filled(lab.pool)
+        assert seen == [(1, 1), (2, 2), (3, 3)]
+        assert lab.pool.directories == 3
+        monkeypatch.setattr(Maker, "deadly", True)
+        with pytest.raises(MakerDied):
+            await lab.pool.make(config(), [], None)
+        assert lab.pool.directories == 0  # those of the maker that died went with it
+
+    run(test)
+
+
 def test_addresses_that_cannot_be_had_are_given_back(run: Callable[..., None]) -> None:
     async def test(lab: Lab) -> None:
         reserve, given = lab.names.reserve_mac, []

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from xenctypes import guest, pages, public, releases, signatures, structs, toollog
+from xenctypes import ctrl, guest, pages, public, releases, signatures, structs, toollog
 from xenctypes.releases import RELEASES
 
 if TYPE_CHECKING:
@@ -379,3 +379,14 @@ def dump(value: Any, depth: int) -> str:
 
 if __name__ == "__main__":
     regenerate(sys.argv[1])
+
+
+def test_states_are_read_from_where_the_structure_has_them() -> None:
+    raw = (structs.xen_domctl_getdomaininfo * 2)()
+    ctypes.memset(raw, 0xFF, ctypes.sizeof(raw))
+    for domid, each in enumerate(raw, 7):
+        each.domain, each.flags = domid, 0x01020304 + domid
+        each.handle = structs.xen_domain_handle_t(*range(domid, domid + 16))
+    assert list(ctrl.STATE.iter_unpack(memoryview(raw).cast("B"))) == [
+        (domid, 0x01020304 + domid, bytes(range(domid, domid + 16))) for domid in (7, 8)
+    ]
