@@ -52,6 +52,21 @@ def ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(over) / statistics.median(under)
 
 
+def fit(points: list[tuple[float, float]]) -> dict[str, float]:
+    """The straight line through (MiB, milliseconds) with the least squared error.
+
+    ``r2`` is the share of the variance that it explains; 1 if there is none.
+    """
+    sizes, times = zip(*points, strict=True)
+    if len(set(sizes)) == 1:
+        return {"ms_per_mib": 0.0, "base_ms": statistics.mean(times), "r2": 0.0}
+    slope, base = statistics.linear_regression(sizes, times)
+    mean = statistics.mean(times)
+    total = sum((time - mean) ** 2 for time in times)
+    left = sum((time - base - slope * size) ** 2 for size, time in points)
+    return {"ms_per_mib": slope, "base_ms": base, "r2": 1 - left / total if total else 1.0}
+
+
 def launch(*argv: str) -> int:
     """Start a command, its standard output dropped; its pid."""
     null = os.open(os.devnull, os.O_WRONLY)
