@@ -207,10 +207,14 @@ class Pool:
         self._changed()
         flavour.low = flavour.low if low is None else low
         self.emit("pool resized", flavour=name, size=size)
-        while flavour.missing < 0 and flavour.shells:
-            self._retire(next(iter(flavour.shells)))
+        self._shrink(flavour)
         self._wake.set()
         return flavour
+
+    def _shrink(self, flavour: Flavour) -> None:
+        """Give back the shells that a flavour has beyond its size."""
+        while flavour.missing < 0 and flavour.shells:
+            self._retire(next(iter(flavour.shells)))
 
     async def drain(self, name: str, report: Report = unreported) -> int:
         """Give back all shells that a flavour has now, which is then refilled; how many."""
@@ -646,6 +650,7 @@ class Pool:
                 self.spawn(self.discard(shell))
         finally:
             flavour.making -= 1
+            self._shrink(flavour)  # it may have been resized meanwhile
             for each in opened:
                 each.close()
             self._wake.set()

@@ -210,6 +210,26 @@ def test_directories_are_counted_from_when_they_are_there(
     run(test)
 
 
+def test_shells_that_are_made_while_their_flavour_shrinks_are_given_back(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Maker.ask
+
+    async def test(lab: Lab) -> None:
+        def late(maker: Maker, request: dict[str, Any], *args: Any, **more: Any) -> Any:
+            if request["do"] == "make":
+                lab.pool.resize("f", 0)
+            return ask(maker, request, *args, **more)
+
+        monkeypatch.setattr(Maker, "ask", late)
+        flavour = lab.pool.add(spec(size=2))
+        await until(lambda: flavour.made)
+        await until(lambda: lab.xen.domains == {})
+        assert (flavour.shells, flavour.making, flavour.missing) == (set(), 0, 0)
+
+    run(test)
+
+
 def test_addresses_that_cannot_be_had_are_given_back(run: Callable[..., None]) -> None:
     async def test(lab: Lab) -> None:
         reserve, given = lab.names.reserve_mac, []
