@@ -11,6 +11,8 @@ from chaos.destroy import end, pooled, strip
 from xenctypes.errors import BusError, ChaosError, StateError
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from chaos.host import Host
     from chaos.registry import Entry, Record, Registry
     from xenctypes.ctrl import DomainInfo
@@ -209,7 +211,7 @@ def reap_one(host: Host, names: Registry, uuid: str, *, shells: bool = False) ->
             return 0
         record = record or registry.Record(uuid=uuid, name="")
         either = {uuid_module.UUID(uuid).bytes, uuid_module.UUID(record.uuid).bytes}
-        info = next((i for i in host.ctrl.domain_list() if i.uuid in either), None)
+        info = _any_of(host, either)
         zombie = info is not None and info.dying and _is_held(record)
         if record.state == registry.RUNNING and info is not None and not zombie:
             entry.close()  # the registry's lock comes before it
@@ -290,7 +292,16 @@ def _by_uuid(host: Host, names: Registry, uuid: str) -> DomainInfo | None:
         info = host.ctrl.domain_info(record.domid)
         if info is not None and info.uuid == wanted:
             return info
-    return next((info for info in host.ctrl.domain_list() if info.uuid == wanted), None)
+    return _any_of(host, {wanted})
+
+
+def _any_of(host: Host, uuids: Container[bytes]) -> DomainInfo | None:
+    """The first domain that has one of the UUIDs, looked for among all there are."""
+    for domid, _, uuid in host.ctrl.domain_states():
+        if uuid in uuids:
+            info = host.ctrl.domain_info(domid)
+            return info if info is not None and info.uuid in uuids else None
+    return None
 
 
 def _by_name_on_bus(host: Host, names: Registry, name: str) -> DomainInfo | None:
