@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COALESCE = 0.01
-"""Seconds in which deaths are gathered: each look costs a list of all domains."""
+"""Seconds in which deaths are gathered, the least: each look costs a list of all domains."""
+LOOK_SHARE = 0.2
+"""Of a processor, for those looks: beside thousands of guests they are rarer."""
 EVENTS_MAX = 64
 """Events taken at once."""
 EVENTS_FREE = 8
@@ -147,6 +149,7 @@ class Guests:
         self.by_port: dict[int, Guest] = {}
         self.virq = 0
         self._look: asyncio.TimerHandle | None = None
+        self._gathering = COALESCE
         self._loop = asyncio.get_running_loop()
         self._ending: set[str] = set()
         self._refused: set[str] = set()
@@ -424,16 +427,18 @@ class Guests:
     def look_soon(self) -> None:
         """Find out shortly who died."""
         if self._look is None:
-            self._look = self._loop.call_later(COALESCE, self._look_now)
+            self._look = self._loop.call_later(self._gathering, self._look_now)
 
     def _look_now(self) -> None:
         self._look = None
+        began = monotonic()
         try:
             news = self._news()
         except CallFailed as error:
             self.daemon.log(f"who died is not known: {error}")
             self._look = self._loop.call_later(RETRY_SECONDS, self._look_now)
             return
+        self._gathering = max(COALESCE, (monotonic() - began) * (1 / LOOK_SHARE - 1))
         for guest, info in news:
             if info is None or info.dying:
                 self.forget(guest, "destroyed")

@@ -381,6 +381,37 @@ def test_our_own_domains_have_nobody_look_through_all_of_them(run: Callable[...,
     run(test)
 
 
+def test_looks_for_deaths_take_no_more_than_their_share(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(lab: Lab) -> None:
+        guests = lab.guests
+
+        def soon() -> float:
+            guests.look_soon()
+            assert guests._look is not None
+            left = guests._look.when() - lab.loop.time()
+            guests._look.cancel()
+            return left
+
+        assert soon() <= module.COALESCE
+        clock = [100.0]
+
+        def slow() -> list[Any]:
+            clock[0] += 2.0
+            return []
+
+        monkeypatch.setattr(module, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(guests, "_news", slow)
+        guests._look_now()
+        assert 7.0 < soon() <= 8.0
+        monkeypatch.setattr(guests, "_news", list)
+        guests._look_now()
+        assert soon() <= module.COALESCE
+
+    run(test)
+
+
 def test_what_cannot_be_adopted_is_said_once(run: Callable[..., None]) -> None:
     async def test(lab: Lab) -> None:
         record = lab.record()
