@@ -130,7 +130,7 @@ def _growth(plt: Any, found: Mapping[str, Comparison]) -> Any:
                 lines.append((f"{WHO[who]}, {HOSTS[name]}", points))
     if not lines:
         return None
-    return _lines(plt, lines, "guests that run already", logarithmic_x=False)
+    return _lines(plt, lines, "guests that run already")
 
 
 def _lines(
@@ -138,7 +138,8 @@ def _lines(
     lines: list[tuple[str, list[tuple[float, float]]]],
     x_label: str,
     *,
-    logarithmic_x: bool,
+    logarithmic_x: bool = False,
+    logarithmic_y: bool = True,
     y_label: str = f"one create, in {MULTIPLES} (medians)",
 ) -> Any:
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
@@ -153,8 +154,11 @@ def _lines(
             linestyle="-" if number < len(PALETTE) else "--",
             label=words.replace("`", ""),
         )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
+    if logarithmic_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     if logarithmic_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -224,6 +228,6 @@ def _density(plt: Any, parts: Parts) -> Any:
         plt,
         lines,
         "guests that run",
-        logarithmic_x=False,
+        logarithmic_y=False,
         y_label="one of them, in multiples of a process at the start (medians)",
     )

@@ -367,13 +367,15 @@ def _provenance(parts: Parts, found: Mapping[str, Comparison]) -> list[str]:
         ("part", "machine below the lab"),
         ((name, _machine(part["machine"])) for name, part in parts.items()),
     )
-    return lines + table(
-        ("host", "versions"),
-        (
-            (HOSTS[name], f"Debian {parts[name]['debian']}, {_versions(comparison.host)}")
-            for name, comparison in found.items()
-        ),
-    )
+    if found:
+        lines += table(
+            ("host", "versions"),
+            (
+                (HOSTS[name], f"Debian {parts[name]['debian']}, {_versions(comparison.host)}")
+                for name, comparison in found.items()
+            ),
+        )
+    return lines
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
