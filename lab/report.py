@@ -33,8 +33,6 @@ WHO = {
     "python": "posix_spawn of `python3 -c pass`",
     "refill": "a shell, made in the background",
 }
-DENSITIES = ("density", "wired")
-"""The parts that ran bench/density.py."""
 ENDS = {"returned": "returned", "ready": "guest ready", "ping": "first ping answered"}
 INTRODUCTION = """\
 Made by `scripts/bench`, which makes it again; `scripts/bench --keep raw.json` makes this text and
@@ -253,12 +251,9 @@ def _sizes(parts: Parts) -> list[str]:
 
 
 def density_rounds(parts: Parts) -> dict[str, list[Any]]:
-    """The rounds of bench/density.py, by kind of guest, of all parts that ran it."""
-    found: dict[str, list[Any]] = {}
-    for name in DENSITIES:
-        rounds = parts[name]["result"].get("rounds", {}) if name in parts else {}
-        found |= {kind: each for kind, each in rounds.items() if each}
-    return found
+    """The rounds of bench/density.py, by kind of guest."""
+    rounds = parts["density"]["result"]["rounds"] if "density" in parts else {}
+    return {kind: each for kind, each in rounds.items() if each}
 
 
 def _density(parts: Parts) -> list[str]:
@@ -281,18 +276,17 @@ def _density(parts: Parts) -> list[str]:
                 ((what, ms(begin), ms(end), times(end / begin)) for what, begin, end in rows),
             ),
         ]
-    for name in DENSITIES:
-        result = parts[name]["result"] if name in parts else {}
-        for kind, shares in result.get("per_guest", {}).items():
-            lines += [f"Memory of each guest `{kind}`, KiB:", ""]
-            lines += table(
-                [share.replace("_", " ") for share in shares],
-                [[f"{value:,.1f}" for value in shares.values()]],
-            )
-        if ping := result.get("ping"):
-            lines += [f"{ping['answered']} of {ping['asked']} of them answered a ping.", ""]
     if not lines:
         return []
+    result = parts["density"]["result"]
+    for kind, shares in result["per_guest"].items():
+        lines += [f"Memory of each guest `{kind}`, KiB:", ""]
+        lines += table(
+            [share.replace("_", " ") for share in shares],
+            [[f"{value:,.1f}" for value in shares.values()]],
+        )
+    if ping := result.get("ping"):
+        lines += [f"{ping['answered']} of {ping['asked']} guests with a vif answered a ping.", ""]
     picture = "![Create time with up to thousands of guests](density)"
     return ["## Density (LightVM, figure 10)", "", picture, *lines]
 
