@@ -6,8 +6,8 @@ A test without a mark runs on a host without xenstored; marks say otherwise:
     anyhost     on a host without xenstored and on one with it
     systemd     only on a host whose first process is systemd
 
-Where a test tries every step or many rounds, it takes a sample of them unless pytest was given
-``--thorough``; tests marked ``thorough`` are left out without it.
+Where a test tries every step or many rounds, it takes a sample of them, of each day another, unless
+pytest was given ``--thorough``; tests marked ``thorough`` are left out without it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from daemons import (
     stop_xendevd,
 )
 from guest import making
-from sampling import MARK, sample
+from sampling import DAY, MARK, sample
+from stock import unpacked
 from waiting import wait_for
 
 from chaos.host import Host
@@ -108,7 +109,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_report_header() -> str:
     version = Path("/sys/hypervisor/version")
     xen = ".".join((version / part).read_text().strip() for part in ("major", "minor"))
-    return f"host: Xen {xen}, {os.uname().release}, {host_kind()}"
+    return f"host: Xen {xen}, {os.uname().release}, {host_kind()}; samples of CHAOS_TEST_DAY={DAY}"
 
 
 @pytest.fixture
@@ -164,6 +165,12 @@ def restart_noxsd() -> Callable[[], None]:
         wait_for(serves, "noxsd does not start again")
 
     return restart
+
+
+@pytest.fixture(scope="session")
+def linux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The host's own kernel, for guests."""
+    return unpacked(tmp_path_factory.mktemp("linux"))
 
 
 @pytest.fixture

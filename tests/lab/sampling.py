@@ -1,21 +1,31 @@
-"""What is tried of many steps by tests that are not to take long."""
+"""What is tried of many steps by tests that are not to take long: some today, others tomorrow.
+
+After EVERY days each has had its turn. The day is in the header of a run; to have its sample
+again, set CHAOS_TEST_DAY to it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+import time
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    T = TypeVar("T")
+
 MARK = "thorough"
 EVERY = 6
+DAY = int(os.environ.get("CHAOS_TEST_DAY") or time.time() // 86400)
 
 
-def sample(steps: Sequence[str]) -> Sequence[str]:
-    """Every sixth, the first and the last among them."""
-    return [step for at, step in enumerate(steps) if at % EVERY == 0 or at == len(steps) - 1]
+def sample(steps: Sequence[T], every: int = EVERY) -> Sequence[T]:
+    """One of each ``every`` steps, at least one."""
+    stride = min(every, len(steps))
+    return [step for at, step in enumerate(steps) if (at + DAY) % stride == 0]
 
 
 def sampled(steps: Sequence[str]) -> list[object]:

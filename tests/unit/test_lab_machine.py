@@ -307,3 +307,31 @@ def test_the_summary_counts_and_fails(
     monkeypatch.setattr(suite, "_parts", lambda _: iter([bad]))
     assert suite.main([]) == 1
     assert "FAILED (status 1)" in capsys.readouterr().out
+
+
+def test_a_host_gets_the_files_with_tests_for_it() -> None:
+    everything = suite._files("noxs", brief=False)
+    assert "tests/lab/test_systemd.py" in everything
+    assert suite._files("systemd", brief=False) == [
+        "tests/lab/test_lab.py",
+        "tests/lab/test_systemd.py",
+    ]
+    for host, brief, marks in (
+        ("xenstored", False, ("anyhost", "xenstored")),
+        ("noxs", True, ("every_release",)),
+    ):
+        chosen = suite._files(host, brief=brief)
+        assert set(chosen) < set(everything)
+        for name in everything:
+            text = (cache.TREE / name).read_text()
+            assert (name in chosen) == any(f"pytest.mark.{mark}" in text for mark in marks), name
+
+
+def test_a_sample_is_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = suite._parser().parse_args(["lab", "--host=noxs", "--debian=12"])
+    monkeypatch.delenv(suite.DAY, raising=False)
+    (part,) = suite._parts(arguments)
+    assert not any(suite.DAY in word for word in part.command)
+    monkeypatch.setenv(suite.DAY, "3")
+    (part,) = suite._parts(arguments)
+    assert "--env=CHAOS_TEST_DAY=3" in part.command[: part.command.index("--")]
