@@ -7,12 +7,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import programs
 from waiting import wait_for
 
 from chaos.client import Chaos
@@ -20,12 +20,13 @@ from chaos.registry import Registry
 from noxs.pageview import decode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from chaos.host import Host
 
 PATIENCE = 120.0
 SETTINGS = Path("/run/chaos-test.toml")
+OPTIONS = ("--config", str(SETTINGS))
 LOG = Path("/run/chaosd.log")
 GUESTS = "/src/guests/build"
 HELLO, DAYTIME = "/src/examples/hello.cfg", "/src/examples/daytime.cfg"
@@ -33,14 +34,21 @@ NONE = "[pool]\nadaptive = false\n"
 
 
 class Chaosd:
-    """The daemon's process. ``code`` is Python that runs in it before it starts."""
+    """The daemon's process, without its interpreter's start (programs.py) unless ``installed``.
 
-    def __init__(self, settings: str = "", code: str = "") -> None:
+    ``code`` is Python that runs in it before it starts.
+    """
+
+    def __init__(self, settings: str = "", code: str = "", *, installed: bool = False) -> None:
         LOG.unlink(missing_ok=True)
         # One maker does, where a test does not say: each costs seconds to start here.
         table = "" if "[daemon]" in settings else "[daemon]\nbuilders = 1\n"
         SETTINGS.write_text(table + settings)
-        self.code = code
+        self._launch: Callable[..., subprocess.Popen[Any]] = (
+            partial(subprocess.Popen, ["chaosd", *OPTIONS])
+            if installed
+            else partial(programs.start, "chaosd", *OPTIONS, code=code)
+        )
         self.start()
 
     def start(self) -> None:
@@ -51,14 +59,8 @@ class Chaosd:
             manager.bind(str(notify))
             manager.settimeout(1)
             environment = {**os.environ, "NOTIFY_SOCKET": str(notify)}
-            command = ["chaosd"]
-            if self.code:
-                run = "import sys\nfrom chaos.daemon.main import main\nsys.exit(main())"
-                command = [sys.executable, "-P", "-c", f"{self.code}\n{run}"]
             with LOG.open("ab") as log:
-                self.process = subprocess.Popen(
-                    [*command, "--config", str(SETTINGS)], stderr=log, env=environment
-                )
+                self.process = self._launch(stderr=log, env=environment)
             wait_for(partial(self._ready, manager), "chaosd does not start")
 
     def _ready(self, manager: socket.socket) -> bool:
@@ -91,9 +93,9 @@ class Chaosd:
 
 
 @contextlib.contextmanager
-def running(settings: str = "", code: str = "") -> Iterator[Chaosd]:
+def running(settings: str = "", code: str = "", *, installed: bool = False) -> Iterator[Chaosd]:
     """A daemon for the length of a block; its guests are destroyed at the end."""
-    daemon = Chaosd(settings, code)
+    daemon = Chaosd(settings, code, installed=installed)
     try:
         yield daemon
     finally:

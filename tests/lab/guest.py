@@ -6,12 +6,14 @@ import contextlib
 import os
 import re
 import select
+import signal
 import socket
 import struct
 import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
+import command
 from waiting import wait_for
 
 from chaos import config as configuration
@@ -75,14 +77,7 @@ class Guest:
         return reason
 
     def said(self) -> str:
-        done = subprocess.run(
-            ["chaos", "console", self.name],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=PATIENCE,
-            check=True,
-        )
-        return done.stdout.decode(errors="replace")
+        return command.chaos("console", self.name, stdin=subprocess.DEVNULL).stdout
 
 
 @contextlib.contextmanager
@@ -123,9 +118,11 @@ def ready(guest: Guest) -> Guest:
     return guest
 
 
-def read_console(command: list[str], until: bytes, typing: bytes = b"") -> bytes:
+def read_console(
+    name: str, until: bytes, typing: bytes = b"", *, toolstack: Callable[..., Any] = command.start
+) -> bytes:
     """Attach, type, and read until something was said; all that was said."""
-    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    reader = toolstack("console", name, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert reader.stdin
     assert reader.stdout
     said = b""
@@ -159,6 +156,20 @@ def ping(address: str, count: int, interval: float = 0.02) -> str:
         check=False,
     )
     return done.stdout
+
+
+@contextlib.contextmanager
+def pinging(address: str) -> Iterator[None]:
+    """Ping a guest for the length of a block: nothing may be lost."""
+    words = ["ping", "-q", "-i", "0.1", address]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            said = process.communicate()[0]
+    sent, received = map(int, re.findall(r"(\d+) (?:packets transmitted|received)", said))
+    assert received >= max(1, sent - 1), said  # the last may have been under way
 
 
 def ask_tcp(address: str) -> bytes:

@@ -120,7 +120,6 @@ def said(chaos: Chaos, name: str) -> bytes:
     return bytes(wait_for(lambda: chaos.call("logs", domain=name), f"{name} says nothing"))
 
 
-@pytest.mark.every_release
 @pytest.mark.anyhost
 def test_a_restarted_daemon_disturbs_no_guest(
     host: Host, thorough: bool, nothing_left: None

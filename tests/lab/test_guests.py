@@ -8,9 +8,10 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from command import chaos
 from daemons import noxsd_pid
 from guest import (
     DAYTIME,
@@ -60,7 +61,7 @@ def test_metadata_arrives(make: Callable[..., Guest], tmp_path: Path, size: int)
     path = tmp_path / "blob"
     path.write_bytes(blob)
     guest = make("hello", "show=metadata", f'noxs_metadata_file="{path}"')
-    read_console(["chaos", "console", guest.name], b"metadata: " + blob + b"\r\n")
+    read_console(guest.name, b"metadata: " + blob + b"\r\n")
 
 
 @pytest.mark.parametrize(
@@ -131,9 +132,8 @@ def test_leaving_and_faults(make: Callable[..., Guest]) -> None:
 
 def test_echo_and_many_lines(make: Callable[..., Guest]) -> None:
     guest = ready(make("hello", "echo lines=2000"))
-    console = ["chaos", "console", guest.name]
-    assert read_console(console, b"line 2000\r\n").count(b"line ") == 2000
-    read_console(console, b"typed", b"typed")
+    assert read_console(guest.name, b"line 2000\r\n").count(b"line ") == 2000
+    read_console(guest.name, b"typed", b"typed")
 
 
 def test_spin_burns_and_finds_nothing(make: Callable[..., Guest]) -> None:
@@ -311,7 +311,7 @@ def test_a_scribbling_guest_hurts_nobody(
             expected = SHUTDOWN_CRASH if "crash" in words else SHUTDOWN_POWEROFF
             assert scribbler.died() == expected
         assert len(scribbler.words().message) <= abi.MAX_MESSAGE
-        subprocess.run(["chaos", "list", "-l"], capture_output=True, timeout=PATIENCE, check=True)
+        chaos("list", "-l")
         scribbler.said()
         assert " 5 received, 0% packet loss" in ping("10.77.0.25", 5), honest.said()
         assert DAYTIME.fullmatch(ask_tcp("10.77.0.25"))
@@ -320,6 +320,10 @@ def test_a_scribbling_guest_hurts_nobody(
 
 
 # ---- With xl
+
+
+def xl(*argv: str, **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["xl", *argv], **options)
 
 
 @pytest.mark.xenstored
@@ -340,6 +344,6 @@ def test_xl_boots_them_without_a_device_page(kernel: str, kind: str, tmp_path: P
         )
         if kernel == "hello":
             greeting = f"This is a guest, a {kind.upper()} guest on Xen {xen_version()}, with no"
-            read_console(["xl", "console", f"xl-{kernel}"], greeting.encode())
+            read_console(f"xl-{kernel}", greeting.encode(), toolstack=xl)
     finally:
         subprocess.run(["xl", "destroy", f"xl-{kernel}"], check=True, timeout=PATIENCE)

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
-import signal
-import subprocess
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +17,7 @@ from uuid import uuid4
 import pytest
 from chaosd import DAYTIME, GUESTS, HELLO, NONE, Chaosd, create, filled, running
 from daemons import PATIENCE, noxsd_pid, serves, start, xendevd_pid
+from guest import pinging
 from test_vif import Traces, ping, vif
 from waiting import wait_for
 
@@ -128,20 +126,6 @@ def killing(step: str, pid: int) -> Iterator[None]:
         assert select.select([process], [], [], PATIENCE)[0], f"process {pid} was not killed"
     finally:
         os.close(process)
-
-
-@contextlib.contextmanager
-def pinging(address: str) -> Iterator[None]:
-    """Ping a guest for the length of a block: nothing may be lost."""
-    command = ["ping", "-q", "-i", "0.1", address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield
-        finally:
-            process.send_signal(signal.SIGINT)
-            said = process.communicate()[0]
-    sent, received = map(int, re.findall(r"(\d+) (?:packets transmitted|received)", said))
-    assert received >= max(1, sent - 1), said  # the last may have been under way
 
 
 def named(chaos: Chaos) -> set[str]:

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import command
 import pytest
 
 import chaos
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
 XEN = {"bookworm": ("4.17", "6.1."), "trixie": ("4.20", "6.12.")}
 
 
-def run(*command: str) -> str:
+def run(*words: str) -> str:
     done = subprocess.run(
-        command,
+        words,
         check=False,
         capture_output=True,
         text=True,
         timeout=120,
         stdin=subprocess.DEVNULL,
     )
-    assert done.returncode == 0, f"{command}: {done.stderr}"
+    assert done.returncode == 0, f"{words}: {done.stderr}"
     return done.stdout
 
 
@@ -144,16 +145,16 @@ def busy_guests(tmp_path: Path) -> Iterator[list[str]]:
     made: list[str] = []
     try:
         for name in names:
-            run("chaos", "create", "-q", str(tmp_path / f"{name}.cfg"))
+            command.chaos("create", "-q", str(tmp_path / f"{name}.cfg"))
             made.append(name)
         yield made
     finally:
-        for name in made:
-            run("chaos", "destroy", name)
+        if made:
+            command.chaos("destroy", *made)
 
 
 def cpu_seconds(names: list[str]) -> list[float]:
-    domains: list[dict[str, Any]] = json.loads(run("chaos", "list", "--json"))
+    domains: list[dict[str, Any]] = json.loads(command.chaos("list", "--json").stdout)
     return [domain["cpu_seconds"] for domain in domains if domain["name"] in names]
 
 
@@ -172,6 +173,7 @@ def test_registers_survive_busy_guests(busy_guests: list[str], tmp_path: Path) -
     assert len(after) == 2
     assert all(now > then + 1 for now, then in zip(after, before, strict=True)), (before, after)
     for name in busy_guests:
-        said = run("chaos", "console", name)
+        command.chaos("pause", name)  # it has done its part
+        said = command.chaos("console", name, stdin=subprocess.DEVNULL).stdout
         assert "spin: sums" in said
         assert "CORRUPT" not in said

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
 
+import command
 import pytest
 from waiting import wait_for
 
@@ -16,6 +16,7 @@ from chaos.registry import Registry
 from xenctypes.evtchn import Evtchn
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
 
 HELLO = "examples/hello.cfg"
@@ -29,9 +30,7 @@ def host() -> Iterator[Host]:
 
 
 def chaos(*argv: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        ["chaos", *argv], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = command.chaos(*argv, check=False)
     assert status is None or done.returncode == status, (done.stdout, done.stderr)
     return done
 

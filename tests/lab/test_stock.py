@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import command
 import pytest
 from chaosd import GUESTS, NONE, filled, running
 from command import chaos
@@ -27,7 +28,7 @@ from daemons import (
     storesd_pid,
     storesd_serves,
 )
-from stock import BLOCK, EXT4, NET, initramfs, unpacked
+from stock import BLOCK, EXT4, NET, initramfs
 from test_create import Footprint
 from waiting import wait_for
 
@@ -159,12 +160,12 @@ def traces(host: Host) -> dict[str, set[str]]:
     }
 
 
-def config_file(directory: Path, kind: str, ramdisk: Path, *more: str) -> str:
+def config_file(directory: Path, kind: str, linux: Path, ramdisk: Path, *more: str) -> str:
     cfg = directory / "stock.cfg"
     lines = (
         'name = "stock"', f'type = "{kind}"', "memory = 192", "maxmem = 224",
         "vcpus = 1", "maxvcpus = 2",
-        f'kernel = "{unpacked(directory)}"', f'ramdisk = "{ramdisk}"', 'extra = "console=hvc0"',
+        f'kernel = "{linux}"', f'ramdisk = "{ramdisk}"', 'extra = "console=hvc0"',
         f'vif = ["bridge={BRIDGE}, mac={MAC}"]', *more,
     )  # fmt: skip
     cfg.write_text("\n".join(lines) + "\n")
@@ -190,7 +191,7 @@ def console(name: str, log: Path) -> Iterator[Callable[[bytes], int]]:
     silent, keyboard = os.pipe()
     try:
         with log.open("ab") as out:
-            attached = subprocess.Popen(["chaos", "console", name], stdin=silent, stdout=out)
+            attached = command.start("console", name, stdin=silent, stdout=out)
         try:
             yield partial(os.write, keyboard)
         finally:
@@ -266,14 +267,14 @@ def change_devices(
 
 @pytest.mark.every_release
 def test_linux_gets_its_devices_and_is_shut_down(
-    host: Host, nothing_left: None, plain: list[str], tmp_path: Path
+    host: Host, nothing_left: None, plain: list[str], tmp_path: Path, linux: Path
 ) -> None:
     """The classic handshake of netfront and blkfront; storesd is killed in between."""
     image = tmp_path / "disk"
     subprocess.run(["mkfs.ext4", "-q", str(image), "8M"], check=True)
     ramdisk = initramfs(tmp_path, INIT, NET, BLOCK, *EXT4)
     more = 'on_poweroff = "preserve"', f'disk = ["{image},raw,xvda,rw"]'
-    cfg = config_file(tmp_path, "pv", ramdisk, *more)
+    cfg = config_file(tmp_path, "pv", linux, ramdisk, *more)
     log = tmp_path / "console"
     with GuestStores.connect() as stores, Bus.connect() as bus:
         domid = json.loads(chaos("create", "-p", "--json", cfg).stdout)["domid"]
@@ -329,7 +330,7 @@ def test_linux_gets_its_devices_and_is_shut_down(
 
 @pytest.mark.anyhost
 def test_the_daemon_makes_one_and_finds_it_again(
-    host: Host, nothing_left: None, plain: list[str], tmp_path: Path
+    host: Host, nothing_left: None, plain: list[str], tmp_path: Path, linux: Path
 ) -> None:
     """As PVH on a host with storesd; as PV on one with xenstored, where it panics in the end."""
     info = host.ctrl.domain_info
@@ -338,7 +339,7 @@ def test_the_daemon_makes_one_and_finds_it_again(
     subprocess.run(["mkfs.ext4", "-q", str(image), "8M"], check=True)
     ramdisk = initramfs(tmp_path, INIT, NET, BLOCK, *EXT4)
     kind = "pv" if shared else "pvh"
-    cfg = config_file(tmp_path, kind, ramdisk, f'disk = ["{image},raw,xvda,rw"]')
+    cfg = config_file(tmp_path, kind, linux, ramdisk, f'disk = ["{image},raw,xvda,rw"]')
     with running("[pool]\nadaptive = false\n") as daemon, Chaos() as client:
         made = client.call("create", path=cfg)
         assert host.bus.read(f"/local/domain/{made['domid']}/device/vif/0/mac") == MAC
@@ -390,16 +391,15 @@ while :; do sleep 1000; done
 
 @pytest.mark.thorough
 @pytest.mark.anyhost
-def test_fifty_in_64_mebibytes_each(nothing_left: None, tmp_path: Path) -> None:
+def test_fifty_in_64_mebibytes_each(nothing_left: None, tmp_path: Path, linux: Path) -> None:
     ramdisk = initramfs(tmp_path, MANY_INIT, NET)
-    kernel = unpacked(tmp_path)
     addresses = [f"10.77.0.{last}" for last in range(150, 200)]
     with running("[pool]\nadaptive = false\n"), Chaos() as client:
         for address in addresses:
             text = f"""
 name = "linux-{address}"
 memory = 64
-kernel = "{kernel}"
+kernel = "{linux}"
 ramdisk = "{ramdisk}"
 extra = "quiet address={address}"
 vif = ["bridge={BRIDGE}"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import end
+from guest import pinging
 from waiting import wait_for
 
 from chaos import frames
@@ -151,14 +152,10 @@ def test_a_daemon_that_is_killed_comes_back(name: str, guest: str) -> None:
 def test_a_restart_disturbs_nobody(name: str, guest: str) -> None:
     others = {other: pid(other) for other in DAEMONS if other != name}
     before = pid(name)
-    with subprocess.Popen(
-        ["ping", "-c", "40", "-i", "0.2", "-W", "5", ADDRESS], stdout=subprocess.PIPE, text=True
-    ) as pinging:
+    with pinging(ADDRESS):
         run("systemctl", "restart", name)
         assert active(name, before)
-        assert pinging.stdout is not None
-        told = pinging.stdout.read()
-    assert " 0% packet loss" in told, told
+        ping()
     assert {other: pid(other) for other in others} == others
     listed = json.loads(run("chaos", "list", "--json", "daytime"))
     assert listed[0]["uuid"] == guest
@@ -187,19 +184,13 @@ def test_chaosd_comes_and_goes_and_100_guests_run_on(guest: str) -> None:
         assert len(before) == 101
         for how in ("restart", "kill"):
             old = pid("chaosd")
-            with subprocess.Popen(
-                ["ping", "-c", "60", "-i", "0.2", "-W", "5", ADDRESS],
-                stdout=subprocess.PIPE,
-                text=True,
-            ) as pinging:
+            with pinging(ADDRESS):
                 if how == "restart":
                     run("systemctl", "restart", "chaosd")
                 else:
                     end(old, signal.SIGKILL)
                 wait_for(lambda old=old: active("chaosd", old), "chaosd does not come back")  # type: ignore[misc]
-                assert pinging.stdout is not None
-                told = pinging.stdout.read()
-            assert " 0% packet loss" in told, told
+                ping()
             assert guests() == before
     finally:
         names = [f"many-{n}" for n in range(1, 101)]

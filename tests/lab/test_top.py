@@ -9,6 +9,7 @@ import subprocess
 import termios
 from typing import TYPE_CHECKING
 
+import command
 import pytest
 
 if TYPE_CHECKING:
@@ -20,11 +21,7 @@ SPIN = 'kernel="guests/build/spin.elf"'
 
 
 def chaos(*argv: str) -> str:
-    done = subprocess.run(
-        ["chaos", *argv], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return command.chaos(*argv).stdout
 
 
 @pytest.fixture
@@ -35,7 +32,6 @@ def domains() -> Iterator[None]:
     chaos("destroy", "idle", "busy")
 
 
-@pytest.mark.anyhost
 @pytest.mark.usefixtures("domains")
 def test_who_is_busy_shows() -> None:
     looks = [json.loads(line) for line in chaos("top", "--json", "-n2", "-d1").splitlines()]
