@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from chaos.builder import Builder, Loaded
     from chaos.config import DomainConfig
+    from chaos.diskspec import DiskConfig
     from chaos.host import Host
     from chaos.registry import Entry, Record, Registry
 
@@ -244,12 +245,12 @@ def _check_vcpus(creation: Creation) -> None:
     raise config.error(f"maxvcpus is above vcpus: {why}", "maxvcpus", hint=hint)
 
 
-def _check_disks(creation: Creation) -> None:
-    creation.targets = [disk.look(config) for config in creation.config.disks]
-    if not creation.targets:
-        return
-    pairs = list(zip(creation.config.disks, creation.targets, strict=True))
-    host, names, uuid = creation.host, creation.registry, str(creation.uuid)
+def check_disks(
+    host: Host, names: Registry, uuid: str, configs: Sequence[DiskConfig]
+) -> list[disk.Target]:
+    """What is to hold the disks of a domain, none of it another's. Raises DeviceError."""
+    targets = [disk.look(config) for config in configs]
+    pairs = list(zip(configs, targets, strict=True))
     try:
         disk.check_free(names, uuid, pairs)
     except DeviceError:
@@ -257,8 +258,18 @@ def _check_disks(creation: Creation) -> None:
         if not reap(host, names, host.ctrl.domain_list(), []):
             raise
         disk.check_free(names, uuid, pairs)
+    return targets
+
+
+def _check_disks(creation: Creation) -> None:
+    configs = creation.config.disks
+    if not configs:
+        return
+    creation.targets = check_disks(creation.host, creation.registry, str(creation.uuid), configs)
     assert creation.record is not None
-    creation.record.disks = [disk.entry(config, target) for config, target in pairs]
+    creation.record.disks = [
+        disk.entry(config, target) for config, target in zip(configs, creation.targets, strict=True)
+    ]
 
 
 def _check_shell(creation: Creation) -> None:

@@ -210,8 +210,31 @@ def _names(domid: int, uuid: str, name: str) -> list[tuple[str, str]]:
     return [(f"/local/domain/{domid}/name", name), (f"/vm/{uuid}/name", name)]
 
 
+def attach_disks(tenancy: Tenancy) -> None:
+    """Offer a guest that has all but its disks these, and wait until they are set up.
+
+    Raises BusError, DeviceError.
+    """
+    host, domid, config = tenancy.host, tenancy.domid, tenancy.config
+    disk.disconnect_all(host.bus, domid)  # a domid comes round again
+    tenancy.attached = True
+    _offer(host, tenancy.service, domid, disk.devices(config.disks, tenancy.targets))
+    disk.await_progress(host.bus, domid, config.disks, connected=False)
+
+
+def detach_disks(tenancy: Tenancy) -> None:
+    """Undo ``attach_disks``. Raises ChaosError."""
+    if tenancy.attached:
+        disk.disconnect_all(tenancy.host.bus, tenancy.domid)
+        tenancy.attached = False
+
+
 LATE_STEPS: tuple[Step[Tenancy], ...] = (Step("readdress", EXECUTE, BUS, readdress),)
 """For a shell, which has its store and its devices, instead of STEPS."""
+DISK_STEPS: tuple[Step[Tenancy], ...] = (
+    Step("attach disks", EXECUTE, DEVICES, attach_disks, detach_disks),
+)
+"""After LATE_STEPS for a shell of the pool's: its guest's disks are its guest's alone."""
 
 
 def release(host: Host, served: str, domid: int, uuid: str) -> bool:

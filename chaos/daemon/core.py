@@ -15,8 +15,8 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chaos import store, vif, xenstored
-from chaos.create import IMAGE_STEPS, SHELL_STEPS
+from chaos import disk, store, vif, xenstored
+from chaos.create import IMAGE_STEPS, SHELL_STEPS, check_disks
 from chaos.daemon.batches import Batches
 from chaos.daemon.consoles import ConsoleHub
 from chaos.daemon.events import Events
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from chaos.daemon.settings import Settings
     from chaos.daemon.shell import Shell
+    from chaos.diskspec import DiskConfig
     from chaos.domconfig import DomainConfig
     from chaos.image import OpenImage
     from chaos.invocation import Report
@@ -52,6 +53,14 @@ CLOSE_SECONDS = 20.0
 ROOT = Peer(0, 0, 0, ())
 TICK = 2.0
 MAC_REFRESH = 30.0
+
+
+def _disk_entries(
+    host: Host, names: Registry, uuid: str, configs: Sequence[DiskConfig]
+) -> list[dict[str, Any]]:
+    """What the record of a domain is to say of disks that it can have. DeviceError."""
+    targets = check_disks(host, names, uuid, configs)
+    return [disk.entry(*pair) for pair in zip(configs, targets, strict=True)]
 
 
 def counted(report: Report, total: int) -> Callable[[str], None]:
@@ -277,7 +286,14 @@ class Daemon:
             self._dom0_macs = frozenset(macs)
 
     def _from_pool(self, wanted: Wanted, peer: Peer) -> Shell | None:
-        return self.pool.take(wanted.shape, wanted.key(peer), wanted.pages)
+        """A warm shell, if there is one; a stock guest's has all but the disks."""
+        shape, key = wanted.shape, wanted.key(peer)
+        if not shape.disks:
+            return self.pool.take(shape, key, wanted.pages)
+        shape = shape._replace(disks=())
+        if peer.uid or not self.pool.has_store(shape, key):
+            return None
+        return self.pool.take(shape, key, 0)
 
     async def _made(self, wanted: Wanted, peer: Peer, report: Report | None) -> Shell:
         if wanted.config.disks and peer.uid:
@@ -290,7 +306,9 @@ class Daemon:
             await self.in_thread(lambda host, names: check_free(host, names, name))
         opened = wanted.open(peer)
         try:
-            self.pool.note(wanted.config, wanted.source, opened)
+            disks = wanted.config.disks
+            if not disks:
+                self.pool.note(wanted.config, wanted.source, opened)
             shell = None
             if await self._takes_generic(wanted, opened):
                 shell = self.pool.take(wanted.shape, None, wanted.pages)
@@ -299,7 +317,13 @@ class Daemon:
                 return await self.pool.load(shell, wanted.config, wanted.source, opened, told)
             told = report and counted(report, len(SHELL_STEPS + IMAGE_STEPS))
             room = len(wanted.config.metadata)
-            return await self.pool.order(wanted.config, wanted.source, opened, room=room, told=told)
+            shell = await self.pool.order(
+                wanted.config, wanted.source, opened, room=room, told=told
+            )
+            if disks and shell.store:
+                # Others like it can be served by shells without disks.
+                self.pool.note(replace(wanted.config, disks=()), wanted.source, opened)
+            return shell
         finally:
             for each in opened:
                 each.close()
@@ -354,9 +378,13 @@ class Daemon:
     ) -> Delivery:
         """The same for a stock guest, whose store and devices are told its name and addresses.
 
-        With another UUID they are made anew. A shell that this fails for is not used again.
+        With another UUID they are made anew; disks that the shell does not have are attached. A
+        shell that this fails for is not used again, unless nothing was done to it.
         """
         config = wanted.config
+        late = store.LATE_STEPS
+        if await self._takes_late_disks(shell, config):
+            late += store.DISK_STEPS
         delivery = Delivery(
             shell, config, wanted.json, peer, self._dom0_macs, paused=paused, bare=True
         )
@@ -368,7 +396,7 @@ class Daemon:
                 info = host.ctrl.domain_info(shell.domid)
                 if not entry.lock(wait=False) or info is None or not info.paused:
                     raise StateError("somebody else destroyed it or let it run")
-                tenancy, steps = delivery.tenancy(host), store.LATE_STEPS
+                tenancy, steps = delivery.tenancy(host), late
                 if delivery.shell_uuid:
                     # What its devices left is cleared when the store is opened anew.
                     store.release(host, shell.store, shell.domid, delivery.shell_uuid)
@@ -398,6 +426,22 @@ class Daemon:
             raise
         self.loop.call_soon(self._settle, guest, delivery)
         return delivery
+
+    async def _takes_late_disks(self, shell: Shell, config: DomainConfig) -> bool:
+        """Whether a shell lacks the guest's disks, which it can have; else it is put back.
+
+        Raises DeviceError.
+        """
+        if not config.disks or shell.disks:
+            return False
+        try:
+            shell.disks = await self.in_thread(
+                lambda host, names: _disk_entries(host, names, shell.uuid, config.disks)
+            )
+        except BaseException:
+            self.pool.put_back(shell)
+            raise
+        return True
 
     def _is_as_before(self, shell: Shell, error: ChaosError) -> bool:
         """Whether nothing is left in a shell of a delivery that failed with that error."""

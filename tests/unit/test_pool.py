@@ -15,7 +15,7 @@ import msgpack
 import pytest
 from paper_xen import Xen
 
-from chaos import store
+from chaos import disk, store
 from chaos.daemon import pool as module
 from chaos.daemon.core import Daemon, counted
 from chaos.daemon.pool import OVERHEAD_MIB, Pool
@@ -23,11 +23,14 @@ from chaos.daemon.rights import Peer
 from chaos.daemon.settings import FLAVOURS_MAX, FlavourSpec, Settings
 from chaos.daemon.wanted import want
 from chaos.daemon.workers import DELAYS, MakerDied
+from chaos.diskspec import parse_disk
 from chaos.domconfig import DomainConfig
 from chaos.registry import RUNNING, Record, Registry
+from chaos.shape import shape_of
 from chaos.steps import Step
 from chaos.verbs import pause
 from chaos.vifspec import parse_vif
+from noxs import blockdev, hotplug
 from xenctypes.errors import CallFailed, ChaosError, DeviceError, StateError, StepError, XenError
 
 if TYPE_CHECKING:
@@ -559,6 +562,7 @@ class DeliveringStock(Delivering):
 
     _deliver_stock = Daemon._deliver_stock
     _deliver_with_store = Daemon._deliver_with_store
+    _takes_late_disks = Daemon._takes_late_disks
     _unwanted = Daemon._unwanted
     _settle = staticmethod(lambda *_: None)
 
@@ -594,10 +598,10 @@ class DeliveringStock(Delivering):
         delivery.shell.close_record()
         self.looked_after.append(delivery.shell.uuid)
 
-    async def deliver(self, shell: Any, *, paused: bool = False, uuid: bytes | None = None) -> Any:
+    async def deliver(self, shell: Any, *, paused: bool = False, **more: Any) -> Any:
         """Deliver the shell as a stock guest."""
         shell.store = store.PRIVATE
-        wanted = want(DomainConfig(name="web", memory=4, kernel="k", uuid=uuid))
+        wanted = want(DomainConfig(name="web", memory=4, kernel="k", **more))
         peer = Peer(1, 0, 0, ())
         return await Daemon._deliver_stock(self, shell, wanted, peer, paused=paused)  # type: ignore[arg-type]
 
@@ -675,6 +679,52 @@ def test_a_stock_guest_is_delivered_with_its_store_or_not_at_all(
             await task
         daemon.hold.set_result(None)
         await until(lambda: not lab.xen.domains)
+
+    run(test)
+
+
+def test_a_warm_stock_guest_is_given_its_disks_or_stays_on_its_shelf(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    attached: list[tuple[str, ...]] = []
+
+    def do(tenancy: store.Tenancy) -> None:
+        attached.append(tuple(target.identity for target in tenancy.targets))
+
+    monkeypatch.setattr(store, "LATE_STEPS", ())
+    step = Step[store.Tenancy]("attach disks", "execute", "devices", do)
+    monkeypatch.setattr(store, "DISK_STEPS", (step,))
+    monkeypatch.setattr(store, "serves", lambda: False)
+    monkeypatch.setattr(disk, "BLKBACK", str(tmp_path))
+    monkeypatch.setattr(hotplug, "running", lambda: True)
+    disks = (parse_disk(f"{image},raw,xvda,rw")[0],)
+
+    async def test(lab: Lab) -> None:
+        flavour = lab.pool.add(spec(size=1))
+        await filled(lab.pool)
+        flavour.size = 0
+        (shell,) = flavour.shells
+        shell.store = store.PRIVATE
+        daemon: Any = DeliveringStock(lab)
+        shape = shape_of(config(disks=disks))
+        pages = 99  # of a device page, which a stock guest has not
+        wanted: Any = SimpleNamespace(shape=shape, pages=pages, key=lambda _peer: None)
+        assert Daemon._from_pool(daemon, wanted, Peer(1, 7, 0, ())) is None  # not root
+        assert Daemon._from_pool(daemon, wanted, Peer(1, 0, 0, ())) is shell
+        with pytest.raises(DeviceError, match="No such file"):
+            await daemon.deliver(shell, disks=disks)
+        assert flavour.shells == {shell}
+        assert lab.names.uuid_of("web") is None
+
+        image.write_bytes(bytes(4096))
+        assert lab.pool.take(shell.shape, None, 0) is shell
+        await daemon.deliver(shell, disks=disks)
+        assert attached == [(blockdev.identity(image.stat()),)]
+        record = lab.names.read(shell.uuid)
+        assert record is not None
+        assert [each["vdev"] for each in record.disks] == ["xvda"]
+        await daemon.end(shell.uuid)
 
     run(test)
 

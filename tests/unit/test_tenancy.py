@@ -166,6 +166,31 @@ def test_a_shell_is_told_its_name_and_addresses(host: Any, xendevd: list[str], s
     assert not nodes.exists(vm)
 
 
+@pytest.mark.parametrize("served", [PRIVATE, SHARED])
+def test_a_shell_is_given_its_disks_late(host: Any, xendevd: list[str], served: str) -> None:
+    """One that cannot be set up leaves the shell as it was."""
+    bus = host.bus
+    nodes = bus if served == SHARED else host.stores
+    perform(store.STEPS[:2], tenancy(host, served), [], subject="s")
+    bus.write(f"{DISK_BACK}/stale", "")  # of whoever had the domid before
+    named = tenancy(host, served)
+    disks = config.from_document(config.xlcfg.parse(f"{CFG}; disk=['/image,raw,xvda,rw']", "t"))
+    named.config = disks[0]
+    named.targets = [disk.Target(hotplug.TYPE_FILE, "file:1:2", "file:1:2")]
+    perform(store.LATE_STEPS + store.DISK_STEPS, named, [], subject="s")
+    assert nodes.read(f"{DISK_FRONT}/backend") == DISK_BACK
+    assert bus.read(f"{DISK_BACK}/params") == "/image"
+    assert not bus.exists(f"{DISK_BACK}/stale")
+    if served == SHARED:
+        assert bus.perms(DISK_FRONT) == ["n5", "r0"]
+    xendevd[:] = [hotplug.ERROR, "/image: Input/output error"]
+    with pytest.raises(StepError, match="attach disks: disk xvda: /image: Input/output error"):
+        perform(store.DISK_STEPS, named, [], subject="s")
+    assert not bus.exists("/local/domain/0/backend/vbd/5")
+    assert bus.read(f"{BACK}/{hotplug.STATUS}") == hotplug.CONNECTED
+    store.release(host, served, 5, UUID % 5)
+
+
 def test_a_shared_one(host: Any, xendevd: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its nodes, with libxl's permissions; introducing is xenstored's."""
     bus = host.bus
