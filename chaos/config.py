@@ -24,6 +24,7 @@ from chaos import xlcfg
 from chaos.domconfig import (
     DISKS_MAX,
     LIMITS,
+    TSC_MODES,
     VIFS_MAX,
     DomainConfig,
     check_name,
@@ -49,7 +50,7 @@ UNDERSTOOD = (
     *("name", "uuid", "type", "builder", "kernel", "ramdisk", "cmdline", "root", "extra"),
     *_INTEGERS,
     *_ACTIONS,
-    *("cpus", "vif", "disk", "noxs_metadata", "noxs_metadata_file"),
+    *("cpus", "tsc_mode", "vif", "disk", "noxs_metadata", "noxs_metadata_file"),
 )
 _WARNINGS_MAX = 20  # of unknown and of repeated settings; a hostile file could hold 300,000
 
@@ -172,6 +173,7 @@ class _Reader:
             "kernel": self.path("kernel"),
             "ramdisk": self.path("ramdisk"),
             "cmdline": self.cmdline(),
+            "tsc_mode": self.tsc_mode(),
             "vifs": self.vifs(),
             "disks": self.disks(),
             **self.metadata(),
@@ -288,6 +290,11 @@ class _Reader:
             if setting is not None:
                 self.warn(f"{key} is ignored in favour of cmdline", setting.offset)
         return cmdline
+
+    def tsc_mode(self) -> str | None:
+        """By name or, as xl has it too, by number."""
+        text = self.document.string("tsc_mode")
+        return TSC_MODES[int(text)] if text in {"0", "1", "2"} else text or None
 
     def affinity(self, maxvcpus: int) -> tuple[CpuSet, ...]:
         """``cpus``: one list for all vCPUs, or one for each; more than there are do not count."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from chaos import device, disk, image, pvh, registry, store, vif, xenstored
 from chaos.devicepage import DevicePage
 from chaos.domains import reap
+from chaos.domconfig import TSC_MODES
 from chaos.signals import held
 from chaos.steps import (
     BUS,
@@ -315,6 +316,7 @@ def _destroy_domain(creation: Creation) -> None:
 def _create_vcpus(creation: Creation) -> None:
     ctrl = creation.host.ctrl
     ctrl.domain_max_vcpus(creation.domid, creation.config.maxvcpus)
+    ctrl.domain_set_tsc_info(creation.domid, TSC_MODES.index(creation.config.tsc_mode))
     if creation.config.type == "pvh":
         pvh.describe_vcpus(ctrl, creation.domid)
     for vcpu, cpus in enumerate(creation.config.affinity):

@@ -44,6 +44,7 @@ LIMITS = {  # default, least, most; xl_parse.c and libxl_create.c have the defau
     "max_event_channels": (1023, 16, (1 << 17) - 1),  # EVTCHN_2L_NR_CHANNELS .. FIFO's
 }
 DISKS_MAX = 32
+TSC_MODES = ("default", "always_emulate", "native")  # by number, as XEN_CPUID_TSC_MODE_*
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,7 @@ class DomainConfig:
     ``affinity``   for vCPU 0, 1, ... the CPUs it may run on; those beyond the end are free
     ``on_poweroff`` ``on_reboot`` ``on_watchdog`` ``on_crash`` ``on_soft_reset``
                    one of ACTIONS: what to do when the guest stops for that reason
+    ``tsc_mode``   one of TSC_MODES: whether the guest's rdtsc goes to the processor
     ``max_grant_frames`` ``max_maptrack_frames``  pages of the grant tables, 512 grants each
     ``max_event_channels``  the highest event channel port that the guest may have
     ``vifs``       network interfaces, at most VIFS_MAX
@@ -87,6 +89,7 @@ class DomainConfig:
     on_watchdog: str = "destroy"
     on_crash: str = "destroy"
     on_soft_reset: str = "soft-reset"
+    tsc_mode: str = "native"
     max_grant_frames: int = LIMITS["max_grant_frames"][0]
     max_maptrack_frames: int = LIMITS["max_maptrack_frames"][0]
     max_event_channels: int = LIMITS["max_event_channels"][0]
@@ -114,6 +117,9 @@ class DomainConfig:
             raise ConfigError("a uuid has 16 bytes, not all zero", key="uuid")
         if self.type not in TYPES:
             raise ConfigError(f"unknown type {quote(self.type)}", hint="pv or pvh", key="type")
+        if self.tsc_mode not in TSC_MODES:
+            cause = f"unknown tsc_mode {quote(self.tsc_mode)}"
+            raise ConfigError(cause, hint="known are " + ", ".join(TSC_MODES), key="tsc_mode")
         for key in ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset"):
             value = getattr(self, key)
             if value not in ACTIONS:
@@ -192,6 +198,7 @@ class DomainConfig:
             "on_watchdog": self.on_watchdog,
             "on_crash": self.on_crash,
             "on_soft_reset": self.on_soft_reset,
+            "tsc_mode": self.tsc_mode,
             **{key: getattr(self, key) for key in LIMITS},
             "vif": [vif.as_dict() for vif in self.vifs],
             "disk": [disk.as_dict() for disk in self.disks],

@@ -3,7 +3,7 @@
 A shell serves a request when their shapes are equal; the name, the addresses, the metadata, the
 UUID and what to do at its end are set late, on any shell::
 
-    fixed   type, memory, vcpus, affinity, grant and event-channel limits, and of each vif
+    fixed   type, memory, vcpus, affinity, TSC mode, grant and event-channel limits, and of each vif
             everything but its addresses; in a warm shell also the image and its command line
     late    name, uuid, mac, ip, gateway, metadata (up to the shell's room), on_poweroff, ...
 """
@@ -30,6 +30,7 @@ class Shape(NamedTuple):
     vcpus: int
     maxvcpus: int
     affinity: tuple[Hashable, ...]
+    tsc_mode: str
     limits: tuple[int, ...]
     vifs: tuple[tuple[Any, ...], ...]
     disks: tuple[Hashable, ...]
@@ -67,6 +68,7 @@ def shape_of(config: DomainConfig) -> Shape:
         config.vcpus,
         config.maxvcpus,
         config.affinity,
+        config.tsc_mode,
         (config.max_grant_frames, config.max_maptrack_frames, config.max_event_channels),
         tuple(map(_fixed, config.vifs)),
         config.disks,

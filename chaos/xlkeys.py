@@ -25,7 +25,6 @@ _REFUSED = (
     ("llc_colors", "chaos does not colour caches", ""),
     ("cpuid", "chaos does not change what CPUID says", ""),
     ("msr_relaxed", "chaos does not change what MSRs do", ""),
-    ("tsc_mode", "chaos has the default TSC mode only", "default"),
     ("localtime rtc_timeoffset", "chaos gives guests UTC only", ""),
     ("e820_host", "chaos gives guests no map of host memory", ""),
     ("seclabel init_seclabel", "chaos sets no XSM labels, the domain would have another one", ""),

@@ -61,6 +61,7 @@ def test_everything() -> None:
         cpus = [ "0-3,^1", 2, "all" ]
         on_poweroff = "preserve"; on_reboot = "destroy"; on_watchdog = "restart"
         on_crash = "coredump-destroy"; on_soft_reset = "rename-restart"
+        tsc_mode = "always_emulate"
         vif = [ 'bridge=br0,ip=10.77.0.2/24', '', ]
         disk = [ '/dev/vg/a,raw,xvda,w' ]
         noxs_metadata = "answer=42"
@@ -82,6 +83,7 @@ def test_everything() -> None:
         on_watchdog="restart",
         on_crash="coredump-destroy",
         on_soft_reset="rename-restart",
+        tsc_mode="always_emulate",
         vifs=(parse_vif("bridge=br0,ip=10.77.0.2/24")[0], VifConfig(devid=1)),
         disks=(parse_disk("/dev/vg/a,raw,xvda,w")[0],),
         metadata=b"answer=42",
@@ -94,6 +96,8 @@ def test_everything() -> None:
     [
         ("memory = 8", {"memory": 8, "maxmem": 8}),
         ("maxmem = 8", {"memory": 8, "maxmem": 8}),
+        ("tsc_mode = 0", {"tsc_mode": "default"}),
+        ("tsc_mode = ''", {"tsc_mode": "native"}),
         ("memory = 4; maxmem = 8", {"memory": 4, "maxmem": 8}),
         ("vcpus = 2", {"vcpus": 2, "maxvcpus": 2}),
         ("maxvcpus = 2", {"vcpus": 1, "maxvcpus": 2}),
@@ -156,6 +160,7 @@ def test_cmdline_wins_over_root_and_extra() -> None:
         ("type = 'p'", 't:3:8: unknown type "p" .pv or pvh'),
         ("on_crash = 'reboot'", 't:3:12: unknown on_crash action "reboot" .known are destroy'),
         ("on_soft_reset = ''", 't:3:17: unknown on_soft_reset action ""'),
+        ("tsc_mode = 'native_paravirt'", 't:3:12: unknown tsc_mode "native_paravirt" .known are'),
         (f"cmdline = '{'x' * 1024}'", "t:3:11: cmdline has 1024 bytes, more than 1023"),
         ("kernel = ''", "t:3:10: kernel is empty"),
         (f"kernel = '{'x' * 5000}'", "t:3:10: kernel has 5000 bytes"),

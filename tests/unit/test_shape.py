@@ -36,6 +36,7 @@ def test_late_settings_leave_the_shape_alone(late: dict[str, object]) -> None:
         {"maxvcpus": 2},
         {"type": "pvh"},
         {"max_grant_frames": 8},
+        {"tsc_mode": "default"},
         {"max_event_channels": 99},
         {"vifs": ()},
         {"vifs": (VifConfig(), VifConfig(devid=1))},
