@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -120,6 +121,38 @@ def test_what_a_guest_writes_arrives_and_is_its_own(image: Path) -> None:
     chaos("destroy", "busy")
     create("again", f"{image},raw,xvda,rw", more=("cmdline='sectors=2048'",))
     check_written(image, 2048)
+
+
+@pytest.mark.anyhost
+def test_what_cannot_be_a_disk_is_named_and_leaves_nothing(image: Path) -> None:
+    """Found out by the toolstack; the last one by xendevd, which opens it."""
+    folder = image.parent
+    small, locked, frozen = folder / "small", folder / "locked", folder / "frozen"
+    small.write_bytes(bytes(511))
+    locked.write_bytes(bytes(4096))
+    locked.chmod(0o444)
+    frozen.mkdir()
+    with locked.open("rb") as file:
+        number = blockdev.attach(file.fileno(), "", writable=False)
+    bind = ["mount", "--bind", str(folder), str(frozen)]
+    subprocess.run(bind, check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(frozen)], check=True)
+    try:
+        for target, cause in (
+            (folder / "missing", "No such file or directory"),
+            (folder, "is a directory"),
+            (small, "has 511 bytes, less than a sector"),
+            (locked, "is read-only"),
+            (f"/dev/loop{number}", "is read-only"),
+            (frozen / "image", "Read-only file system"),
+        ):
+            said = refused("disk", f"{target},raw,xvda,rw")
+            assert str(target) in said
+            assert cause in said
+            assert said.count("\n") == 1, said
+    finally:
+        subprocess.run(["umount", str(frozen)], check=True)
+        blockdev.detach(number)
 
 
 def test_the_daemon_gives_roots_guests_disks_and_restarts_them(image: Path) -> None:
