@@ -60,7 +60,7 @@ ROOMY = {"memory": 8 * GIB, "dom0_memory": 2 * GIB}
 HUGE = {"memory": 17 * GIB, "dom0_memory": 3 * GIB}
 HUGE = {"memory": 17 * GIB, "dom0_memory": 3 * GIB}
 PARTS = (
-    Part("xenstored", "python3 bench/compare.py --guests 100", 900, XENSTORED),
+    Part("xenstored", "python3 bench/compare.py --guests 20 --guests 100", 900, XENSTORED),
     Part("profile", "chaos profile --cold --against xl -n 10 --json -q examples/hello.cfg", 200,
          XENSTORED),
     Part("sizes", "python3 bench/sizes.py", 900, XENSTORED),
@@ -233,7 +233,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cpus": os.cpu_count(),
         "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
-        "linux": os.uname().release,
+        "linux": os.uname().release.partition("-")[0],
         "qemu": qemu.stdout.partition("\n")[0].removeprefix("QEMU emulator version "),
     }
 

@@ -357,6 +357,9 @@ def _provenance(parts: Parts, found: Mapping[str, Comparison]) -> list[str]:
             for name, part in parts.items()
         ),
     )
+    for name, part in parts.items():
+        if note := part.get("note"):  # written into the file by hand
+            lines += [f"{name}: {note}", ""]
     lines += table(
         ("part", "machine below the lab"),
         ((name, _machine(part["machine"])) for name, part in parts.items()),

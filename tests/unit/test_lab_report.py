@@ -119,7 +119,10 @@ def test_a_category_that_a_sample_lacks_counts_as_nothing() -> None:
 
 
 def test_the_report() -> None:
-    text = report.render(everything(), [BOUND], ["ends", "growth"])
+    parts = everything()
+    parts["sizes"]["note"] = "the lab was busy"
+    text = report.render(parts, [BOUND], ["ends", "growth"])
+    assert "sizes: the lab was busy\n" in text
     assert "2026-01-02" in text.partition("\n")[0]
     assert "| a warm create | 0.25x | 0.50x |" in text
     xl = next(line for line in text.splitlines() if line.startswith("| `xl create` | 0 |"))
