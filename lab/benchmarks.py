@@ -63,7 +63,8 @@ PARTS = (
     Part("xenstored", "python3 bench/compare.py --guests 20 --guests 100", 900, XENSTORED),
     Part("profile", "chaos profile --cold --against xl -n 10 --json -q examples/hello.cfg", 200,
          XENSTORED),
-    Part("sizes", "python3 bench/sizes.py", 900, XENSTORED),
+    Part("sizes", "python3 bench/sizes.py", 900,
+         {**XENSTORED, "memory": 5 * GIB, "dom0_memory": 2 * GIB}),
     Part("noxs", "python3 bench/compare.py --guests 100 --guests 1000", 900, ROOMY),
     Part("density", "python3 bench/density.py --leave", 5400, HUGE),
 )  # fmt: skip
