@@ -85,7 +85,7 @@ def config(tmp_path: Path) -> Iterator[str]:
 def test_all_or_none_or_all_that_can_be(
     host: Host, thorough: bool, nothing_left: None, config: str
 ) -> None:
-    count = 500 if thorough else 30
+    count = 500 if thorough else 60
     names = [f"web-{n}" for n in range(1, count + 1)]
     status, lines, shown = command("create", config, f"--count={count}")
     assert status == 0, shown[-500:]
