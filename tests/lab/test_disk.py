@@ -144,7 +144,7 @@ def test_what_cannot_be_a_disk_is_named_and_leaves_nothing(image: Path) -> None:
             (small, "has 511 bytes, less than a sector"),
             (locked, "is read-only"),
             (f"/dev/loop{number}", "is read-only"),
-            (frozen / "image", "Read-only file system"),
+            (frozen / "image", "is read-only"),
         ):
             said = refused("disk", f"{target},raw,xvda,rw")
             assert str(target) in said
