@@ -60,8 +60,8 @@ LOGGED = frozenset(
 )
 """Verbs and methods whose callers stand in the log: whatever changes something, or listens."""
 LOGGED_MAX = 200
-SMALL = 1024
 QUIET = frozenset(["-q", "--quiet"])
+SMALL = 1024
 """Bytes that a descriptor which polls writable takes without blocking (PIPE_BUF is 4096)."""
 FLUSH_SECONDS = 1.0
 """How long an interrupted command's last words may take to be read, and descriptors to close."""
