@@ -268,9 +268,7 @@ def _check_disks(creation: Creation) -> None:
         return
     creation.targets = check_disks(creation.host, creation.registry, str(creation.uuid), configs)
     assert creation.record is not None
-    creation.record.disks = [
-        disk.entry(config, target) for config, target in zip(configs, creation.targets, strict=True)
-    ]
+    creation.record.disks = list(map(disk.entry, configs, creation.targets))
 
 
 def _check_shell(creation: Creation) -> None:

@@ -59,8 +59,7 @@ def _disk_entries(
     host: Host, names: Registry, uuid: str, configs: Sequence[DiskConfig]
 ) -> list[dict[str, Any]]:
     """What the record of a domain is to say of disks that it can have. DeviceError."""
-    targets = check_disks(host, names, uuid, configs)
-    return [disk.entry(*pair) for pair in zip(configs, targets, strict=True)]
+    return list(map(disk.entry, configs, check_disks(host, names, uuid, configs)))
 
 
 def counted(report: Report, total: int) -> Callable[[str], None]:
