@@ -62,6 +62,20 @@ def _disk_entries(
     return list(map(disk.entry, configs, check_disks(host, names, uuid, configs)))
 
 
+def announce(host: Host, names: Registry, domid: int, uuid: str) -> None:
+    """Let xl know a guest by its name, while others may rename or destroy it. Raises BusError."""
+    told = ""
+    while True:
+        record = names.read(uuid)
+        if record is None or record.state != RUNNING:
+            xenstored.withdraw(host, domid)  # its end may have looked there before we wrote
+            return
+        if record.name == told:
+            return
+        told = record.name
+        xenstored.announce(host, domid, told)
+
+
 def counted(report: Report, total: int) -> Callable[[str], None]:
     """What counts steps, as their names are told, for a report."""
     numbers = itertools.count(1)
@@ -481,7 +495,8 @@ class Daemon:
             by={"uid": delivery.peer.uid, "pid": delivery.peer.pid},
         )
         self.consoles_add(guest)
-        if (guest.noxs and delivery.config.vifs) or self.beside_xenstored:
+        # A stock guest's store and devices were given its name when they were made.
+        if guest.noxs and (delivery.config.vifs or self.beside_xenstored):
             self._on_the_bus.add((guest, delivery.shell.macs))
 
     async def _tell_the_bus(self, batch: list[tuple[Guest, list[bytes]]]) -> None:
@@ -492,19 +507,15 @@ class Daemon:
             names = ", ".join(guest.name for guest, _ in batch)
             self.log(f"the bus was not told the names {names}: {error}")
 
-    def _tell(self, batch: list[tuple[Guest, list[bytes]]], host: Host, _names: Registry) -> None:
+    def _tell(self, batch: list[tuple[Guest, list[bytes]]], host: Host, names: Registry) -> None:
         living = [(guest, macs) for guest, macs in batch if guest.uuid in self.guests.by_uuid]
         pairs = []
         for guest, macs in living:
-            if not guest.noxs:
-                continue  # its devices were given its name
             pairs += vif.late_nodes(guest.domid, guest.name, macs, guest.config.vifs)
         if pairs:
             vif.update(host.bus, pairs)
         for guest, _ in living if self.beside_xenstored else ():
-            xenstored.announce(host, guest.domid, guest.name)
-            if guest.uuid not in self.guests.by_uuid:  # its end may have come in between
-                xenstored.withdraw(host, guest.domid)
+            announce(host, names, guest.domid, guest.uuid)
 
     async def create_again(self, config: DomainConfig, uuid: bytes) -> Guest:
         """The successor of a guest that died. ChaosError."""
