@@ -15,7 +15,8 @@ process that may die.
 import os
 import stat
 import struct
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -41,6 +42,12 @@ KERNEL_MAX = 512 << 20
 
 RAMDISK_MAX = DECOMPRESS_MAX
 """The largest ramdisk, in bytes: libxenguest's limit for a module (xc_dom_allocate)."""
+
+JUST_NS = 2_000_000_000
+"""An age of a file's times below which they may stay the same when it is written once more.
+
+Linux stamps files with a clock of a jiffy's grain, FAT and some servers with seconds.
+"""
 
 ELF_MAGIC = b"\x7fELF"
 ELF_SIZE = 52  # the smallest that elf_is_elfbinary takes
@@ -99,6 +106,11 @@ class OpenImage:
         except OSError:
             return True
         return not self.identity == named == identity(os.fstat(self.fd))
+
+    def just_written(self) -> bool:
+        """Whether it was written so lately that another write may leave it the same times."""
+        age = time.time_ns() - max(self.identity.mtime_ns, self.identity.ctime_ns)
+        return age < JUST_NS
 
     def close(self) -> None:
         """Close the descriptor; twice does no harm."""
@@ -164,6 +176,20 @@ def adopt_image(fd: int, path: str, *, ramdisk: bool = False) -> OpenImage:
     except BaseException:
         os.close(fd)
         raise
+
+
+def digest(images: Iterable[OpenImage]) -> bytes:
+    """SHA-256 of the contents of images, one after the other, with their sizes. Raises OSError."""
+    import hashlib
+
+    found = hashlib.sha256()
+    for each in images:
+        found.update(each.size.to_bytes(8, "little"))
+        offset = 0
+        while chunk := os.pread(each.fd, 1 << 20, offset):
+            found.update(chunk)
+            offset += len(chunk)
+    return found.digest()
 
 
 def inspect(image: OpenImage, *, payload: bool = True) -> ImageInfo:

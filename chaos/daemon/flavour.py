@@ -78,7 +78,11 @@ class Source:
 
 @dataclass(eq=False)
 class Flavour:
-    """A kind of shell that the pool holds ready. ``asked`` is when it last served, loop time."""
+    """A kind of shell that the pool holds ready.
+
+    ``digest`` is that of its images' contents, ``digested`` the versions of which that is sure;
+    ``asked`` is when it last served, ``verify_at`` when to read the images again, loop time.
+    """
 
     name: str
     config: DomainConfig
@@ -96,6 +100,9 @@ class Flavour:
     problem: str = ""
     not_before: float = 0.0
     asked: float = 0.0
+    digest: bytes = b""
+    digested: ImageKey | None = None
+    verify_at: float = 0.0
 
     @property
     def missing(self) -> int:

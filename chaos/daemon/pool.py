@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from chaos import pvh
+from chaos import image, pvh
 from chaos.create import MIB_SHIFT
 from chaos.daemon.flavour import Flavour, Source
 from chaos.daemon.settings import FLAVOURS_MAX
@@ -50,6 +50,10 @@ Key = tuple[Shape, ImageKey | None]
 QUIET = 0.05
 """Seconds without a create after which a flavour that is not low is refilled."""
 TICK = 1.0
+DIGEST_SECONDS = 60.0
+"""How long until a flavour's image is read again, to see whether its contents are the same."""
+DIGEST_SHARE = 0.001
+"""How much of the time that reading may take at most."""
 OVERHEAD_MIB = 2
 """What any domain takes of the hypervisor beside its memory, roughly."""
 ASKED_OFTEN = 3
@@ -624,11 +628,13 @@ class Pool:
 
     async def _fill(self, flavour: Flavour) -> None:
         opened: list[OpenImage] = []
+        digest = b""
         try:
             key = None
             if flavour.source is not None:
                 opened = flavour.source.open()
                 key = flavour.source.key_of(opened)
+                digest = await self._digest(flavour, key, opened)
             shell = await self.make(flavour.config, opened, key, room=flavour.room)
         except Exception as error:  # noqa: BLE001 - whatever it is, the next try comes later
             flavour.failures += 1
@@ -643,6 +649,7 @@ class Pool:
         else:
             flavour.failures, flavour.problem = 0, ""
             flavour.made += 1
+            shell.digest = digest
             shell.spend(unawaited=True)
             if self.flavours.get(flavour.name) is flavour:
                 self._put(shell, flavour)
@@ -654,6 +661,45 @@ class Pool:
             for each in opened:
                 each.close()
             self._wake.set()
+
+    async def _digest(
+        self, flavour: Flavour, key: ImageKey, opened: Sequence[OpenImage], *, again: bool = False
+    ) -> bytes:
+        """The images' digest; read ``again``, or if the one that is known may be of other contents.
+
+        Shells of other contents under the same key go.
+        """
+        if again or flavour.digested != key:
+            start = self._loop.time()
+            digest = await self.in_thread(lambda _host, _names: image.digest(opened))
+            took = self._loop.time() - start
+            flavour.verify_at = start + max(DIGEST_SECONDS, took / DIGEST_SHARE)
+            flavour.digest = digest
+            flavour.digested = None if any(each.just_written() for each in opened) else key
+            self._drain(flavour, lambda shell: shell.image == key and shell.digest != digest)
+        return flavour.digest
+
+    async def _verify(self, flavour: Flavour) -> None:
+        """Read a flavour's image again: a file can change without a word of that in its times."""
+        if flavour.source is None:
+            return
+        try:
+            opened = flavour.source.open()
+        except ChaosError:
+            return  # the next refill tells of that
+        try:
+            await self._digest(flavour, flavour.source.key_of(opened), opened, again=True)
+        finally:
+            for each in opened:
+                each.close()
+
+    def _drain(self, flavour: Flavour, stale: Callable[[Shell], bool]) -> None:
+        """Give back the shells of a flavour that are ``stale``."""
+        shells = [shell for shell in flavour.shells if stale(shell)]
+        for shell in shells:
+            self._retire(shell)
+        if shells:
+            self.emit("pool drained", flavour=flavour.name, shells=len(shells))
 
     # Memory
 
@@ -716,11 +762,10 @@ class Pool:
         """Shells whose image changed on disk go, and adaptive flavours that nobody asks for."""
         if flavour.source is not None:
             key = flavour.source.key()
-            stale = [shell for shell in flavour.shells if shell.image != key]
-            for shell in stale:
-                self._retire(shell)
-            if stale:
-                self.emit("pool drained", flavour=flavour.name, shells=len(stale))
+            self._drain(flavour, lambda shell: shell.image != key)
+            if flavour.shells and flavour.verify_at <= self._loop.time():
+                flavour.verify_at = self._loop.time() + DIGEST_SECONDS
+                self.spawn(self._verify(flavour))
             if flavour.adaptive and flavour.source.held[0].changed():
                 self.spawn(self.remove(flavour.name))
                 return

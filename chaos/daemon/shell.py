@@ -39,15 +39,16 @@ class Shell:
 
     ``template`` is the device page as the guest has it, ``mapping`` that page in our memory,
     ``port`` our end of the store channel, ``store`` who is to serve a stock guest's XenStore (see
-    chaos.store), ``record_fd`` its record file, open for writing,
-    ``pages`` how many its device page has beyond the first, ``worker`` the maker that must load a
-    generic shell, ``spent`` its timings as a client is shown them.
+    chaos.store), ``digest`` that of the contents of its image, if it was made for a flavour,
+    ``record_fd`` its record file, open for writing, ``pages`` how many its device page has
+    beyond the first, ``worker`` the maker that must load a generic shell, ``spent`` its timings as
+    a client is shown them.
     """
 
     __slots__ = (
-        "console_frame", "console_port", "disks", "domid", "flavour", "host", "image", "macs",
-        "mapping", "names", "noxs", "pages", "port", "record_fd", "record_size", "shape", "spent",
-        "store", "store_frame", "store_port", "template", "timings", "uuid", "worker",
+        "console_frame", "console_port", "digest", "disks", "domid", "flavour", "host", "image",
+        "macs", "mapping", "names", "noxs", "pages", "port", "record_fd", "record_size", "shape",
+        "spent", "store", "store_frame", "store_port", "template", "timings", "uuid", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +63,7 @@ class Shell:
         self.image: ImageKey | None = None
         self.worker: Worker | None = None
         self.flavour: Flavour | None = None
+        self.digest = b""
         self.disks: list[dict[str, Any]] = []
         self.domid = -1
         self.noxs = False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import mmap
 import os
+import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import msgpack
 import pytest
 from paper_xen import Xen
 
-from chaos import disk, store
+from chaos import disk, image, store
 from chaos.daemon import pool as module
 from chaos.daemon.core import Daemon, counted
 from chaos.daemon.pool import OVERHEAD_MIB, Pool
@@ -740,5 +742,55 @@ def test_a_shell_is_not_for_anybody_to_run(verb: str, run: Callable[..., None]) 
         with pytest.raises(StateError, match="is a shell of chaosd's pool"):
             pause.run(call)
         assert lab.xen.domains[shell.domid].paused
+
+    run(test)
+
+
+@pytest.mark.parametrize("young", [False, True], ids=["verified", "refilled"])
+def test_contents_that_change_and_leave_no_trace_drain_the_shells(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch, young: bool
+) -> None:
+    """A file keeps its times when a page is written that was written before, through a mapping."""
+    monkeypatch.setattr(image, "JUST_NS", 1 << 62 if young else 0)
+    monkeypatch.setattr(module, "DIGEST_SECONDS", 1e9 if young else 0.0)
+
+    async def test(lab: Lab) -> None:
+        pool = lab.pool
+        with (
+            tempfile.NamedTemporaryFile(dir="/dev/shm", buffering=0) as file,
+            mmap.mmap(file.fileno(), file.truncate(4096)) as mapping,
+        ):
+            mapping[7] = 0
+            times = os.fstat(file.fileno())
+            config = DomainConfig(name="f", memory=4, kernel=file.name)
+            flavour = pool.add(FlavourSpec(name="f", config=config, size=2))
+            await filled(pool)
+            before, digest = set(flavour.shells), flavour.digest
+            assert {shell.digest for shell in before} == {digest}
+            mapping[7] = 1
+            assert os.fstat(file.fileno()).st_ctime_ns == times.st_ctime_ns
+            if young:
+                pool.resize("f", 3)
+            await until(lambda: not before & flavour.shells)
+            await filled(pool)
+            assert {shell.digest for shell in flavour.shells} == {flavour.digest} != {digest}
+            assert ("pool drained", {"flavour": "f", "shells": 2}) in lab.told
+
+    run(test)
+
+
+def test_an_image_is_read_once_for_many_shells(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(image, "digest", lambda opened: read.append(opened) or b"digest")
+    monkeypatch.setattr(image, "JUST_NS", 0)
+
+    async def test(lab: Lab) -> None:
+        (tmp_path / "k").write_bytes(b"k")
+        config = DomainConfig(name="f", memory=4, kernel=str(tmp_path / "k"))
+        lab.pool.add(FlavourSpec(name="f", config=config, size=8))
+        await filled(lab.pool)
+        assert len(read) == 1
 
     run(test)
