@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -184,7 +185,21 @@ class Pings:
             assert sent is not None
             if numbers not in ([*range(2, int(sent[1]) + more)] for more in (0, 1)):
                 lost[address] = told
+        if lost:
+            sys.stdout.write(network_state())
         return lost
+
+
+def network_state() -> str:
+    """What Dom0 knows of its neighbours and of netback's rings."""
+    tables = [["ip", "neighbour"], ["bridge", "fdb", "show"], ["ip", "-s", "link"]]
+    told = [subprocess.run(table, capture_output=True, text=True).stdout for table in tables]
+    # Mounted only for a look when there is something to find.
+    debugfs = Path("/sys/kernel/debug")
+    subprocess.run(["mount", "-t", "debugfs", "none", str(debugfs)], capture_output=True)
+    for ring in sorted(debugfs.glob("xen-netback/*/*")):
+        told.append(f"{ring}:\n{ring.read_text()}")
+    return "\n".join(told)
 
 
 def recent(chaos: Chaos) -> list[dict[str, Any]]:
