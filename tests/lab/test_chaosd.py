@@ -192,13 +192,15 @@ class Pings:
 
 def network_state() -> str:
     """What Dom0 knows of its neighbours and of netback's rings."""
-    tables = [["ip", "neighbour"], ["bridge", "fdb", "show"], ["ip", "-s", "link"]]
-    told = [subprocess.run(table, capture_output=True, text=True).stdout for table in tables]
-    # Mounted only for a look when there is something to find.
+
+    def said(*command: str) -> str:
+        return subprocess.run(command, check=False, capture_output=True, text=True).stdout
+
+    told = [said("ip", "neighbour"), said("bridge", "fdb", "show"), said("ip", "-s", "link")]
     debugfs = Path("/sys/kernel/debug")
-    subprocess.run(["mount", "-t", "debugfs", "none", str(debugfs)], capture_output=True)
-    for ring in sorted(debugfs.glob("xen-netback/*/*")):
-        told.append(f"{ring}:\n{ring.read_text()}")
+    said("mount", "-t", "debugfs", "none", str(debugfs))
+    rings = sorted(debugfs.glob("xen-netback/*/*"))
+    told += [f"{ring}:\n{ring.read_text()}" for ring in rings]
     return "\n".join(told)
 
 
