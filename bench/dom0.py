@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 TREE = Path(__file__).resolve().parent.parent
 PATIENCE = 120.0
+RESTING = 0.1
+IDLE, IOWAIT = 3, 4
+"""Fields of the first line of /proc/stat: proc(5)."""
 
 
 def wait(condition: Callable[[], object], what: str) -> None:
@@ -32,6 +35,21 @@ def wait(condition: Callable[[], object], what: str) -> None:
         if time.monotonic() > deadline:
             raise SystemExit(what)
         time.sleep(0.01)
+
+
+def rest() -> None:
+    """Wait until Dom0 has next to nothing to do: what udev and others do after a guest's end."""
+
+    def busy() -> int:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]
+        return sum(fields) - fields[IDLE] - fields[IOWAIT]
+
+    def rests() -> bool:
+        before = busy()
+        time.sleep(RESTING)
+        return busy() - before <= 1
+
+    wait(rests, "Dom0 does not rest")
 
 
 def start_daemons() -> None:

@@ -12,8 +12,8 @@ Prints JSON: milliseconds (median, p99) and ratios. It starts the daemons that d
 - ``command``    the whole `chaos create` command, one vif, from the pool
 - ``generic``    a shell without an image, no vif, until the reply
 - ``cold``       no shell at all, no vif, until the reply
-- ``spawn``      posix_spawn of /bin/true and the wait for it
-- ``true``       the same as a shell would run it (the peer of ``command``)
+- ``spawn``      posix_spawn of /bin/true and the wait for it, in turn with each of these rows
+- ``true``       the same by Python's subprocess module
 - ``xl``         the whole `xl create` command, no vif
 - ``xl_vif``     the same with one vif
 - ``refill``     one shell with a vif, made in the background; ``refill_plain``: without a vif
@@ -34,7 +34,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dom0 import TREE, Asker, connect, filled, runs_xenstored, start_chaosd, start_daemons, wait
+from dom0 import (
+    TREE,
+    Asker,
+    connect,
+    filled,
+    rest,
+    runs_xenstored,
+    start_chaosd,
+    start_daemons,
+    wait,
+)
 from figures import clock, local, ratio, spawn, summary
 
 if TYPE_CHECKING:
@@ -62,8 +72,10 @@ size = 8
 [[flavour]]
 name = "generic"
 memory = 5
-size = 2
+size = 4
 """
+PAIRS = 4
+"""Samples that are taken in turn with their peers', from a pool that is full at first."""
 FLAVOURS = {"refill": "daytime", "refill_plain": "plain"}
 
 
@@ -87,6 +99,11 @@ class Bench:
         """Wait until the pool is full and the makers rest."""
         wait(lambda: filled(self.chaos), "the pool is not filled")
 
+    def rest(self) -> None:
+        """The same, and until Dom0 rests."""
+        self.filled()
+        rest()
+
     def ask(self, row: str, path: str, *overrides: str, wait_ready: float = 0) -> None:
         """Take one sample of a create that is asked for by hand: the daemon's own time."""
         self.number += 1
@@ -109,27 +126,31 @@ class Bench:
     def sample(self, *, with_xl: bool) -> None:
         """One sample of each row."""
         for row, seconds in (("warm", 0), ("ready", 30)):
-            self.filled()
-            self.ask(row, self.daytime, wait_ready=seconds)
+            self.rest()
+            for _ in range(PAIRS):
+                self.add("spawn", lambda: spawn("/bin/true"))
+                self.ask(row, self.daytime, wait_ready=seconds)
             self.end()
         self.chaos.call("pool.drain", name="daytime")
         wait(lambda: self.chaos.call("pool.list")[0]["ready"], "no shell comes")
         self.ask("busy", self.daytime)
         self.end()
-        self.filled()
-        self.add("command", lambda: spawn("chaos", "create", self.daytime))
+        self.rest()
+        for _ in range(PAIRS):
+            self.add("true", lambda: subprocess.run(["/bin/true"], check=True))
+            self.number += 1
+            command = ("chaos", "create", self.daytime, f'name="b{self.number}"')
+            self.add("command", partial(spawn, *command))
         self.end()
-        self.filled()
-        self.ask("generic", self.hello, "memory=5")
-        self.end()
-        self.filled()
-        self.ask("cold", self.hello, "memory=6")
-        self.end()
-        self.filled()
-        self.add("spawn", lambda: spawn("/bin/true"))
-        self.add("true", lambda: subprocess.run(["/bin/true"], check=True))
+        for row, memory in (("generic", 5), ("cold", 6)):
+            self.rest()
+            for _ in range(PAIRS):
+                self.add("spawn", lambda: spawn("/bin/true"))
+                self.ask(row, self.hello, f"memory={memory}")
+            self.end()
         if with_xl:
             for row, path in (("xl", self.hello), ("xl_vif", self.daytime)):
+                self.rest()
                 self.add(row, partial(spawn, "xl", "create", "-q", path))
                 spawn("xl", "destroy", Path(path).stem)
 
