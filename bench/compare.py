@@ -53,6 +53,7 @@ from dom0 import (
     Asker,
     connect,
     filled,
+    rest,
     runs_xenstored,
     start_chaosd,
     start_daemons,
@@ -210,9 +211,14 @@ class Comparison:
         self._number += 1
         return f"b{self._number}"
 
-    def rest(self) -> None:
+    def fill(self) -> None:
         """Wait until the pool is full and its makers rest."""
         wait(lambda: filled(self.chaos), "the pool is not filled")
+
+    def rest(self) -> None:
+        """The same, and until Dom0 has nothing left to do of what was before."""
+        self.fill()
+        rest()
 
     def _request(self, name: str, vifs: int, memory: int, *more: str, ready: float = 0) -> Any:
         overrides = [f'name="{name}"', f"memory={memory}", *more]
@@ -307,7 +313,7 @@ class Comparison:
         """A whole flavour's shells, made anew."""
         self.rest()
         shells = self.chaos.pool_drain(GUESTS[vifs])
-        self._add(f"refill/{vifs}vif/returned", clock(self.rest) / shells)
+        self._add(f"refill/{vifs}vif/returned", clock(self.fill) / shells)
 
     def xl(self) -> None:
         """One sample of each row of xl."""
@@ -374,7 +380,7 @@ class Comparison:
         while self.guests < to:
             name = self._name()
             if tool == "warm":
-                self.rest()
+                self.fill()
                 elapsed, _ = self._asker.create(self._request(name, 0, MEMORY["warm"]))
             else:
                 command = ("xl", "create", "-q", self._configs[0], f'name="{name}"')
