@@ -182,7 +182,8 @@ def test_a_flooding_guest_costs_a_bounded_share(tell: Callable[..., Any], manner
 
     share, delays = tell(story)
     print(f"{manner}: {share:.2f} of a processor, {max(delays):.3f} s")  # noqa: T201 - measured
-    assert share < SHARE + 0.1  # the last turn's rest may lie behind the end
+    # The last rest may lie behind the end; what Xen takes in a turn counts as ours. Unbounded: 1.
+    assert share < 2 * SHARE
     assert max(delays) < 2
 
 
