@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from chaos.domains import Domain
     from chaos.host import Host
-    from chaos.registry import Record, Registry
+    from chaos.registry import Entry, Record, Registry
     from xenctypes.ctrl import DomainInfo
 
 
@@ -21,7 +22,8 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
     """Destroy a domain and forget its name.
 
     Raises StateError for Domain-0, for a domain of another toolstack unless ``force``, and for
-    one that another command is building; CallFailed if the hypervisor refuses.
+    one that another command is building; CallFailed if the hypervisor refuses. Waits for whoever is
+    destroying it already.
     """
     if domain.domid == 0:
         raise StateError("Domain-0 is the host itself and cannot be destroyed")
@@ -41,17 +43,33 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
     if domain.record.state == registry.SHELL and names.daemon_runs():
         raise pooled(domain.domid)
     with names.entry(domain.uuid) as entry:
+        record = _take(names, entry, domain)
+        if record is not None:
+            end(host, domain.info, record)
+            names.forget(entry, record)
+
+
+def _take(names: Registry, entry: Entry, domain: Domain) -> Record | None:
+    """Lock a domain for its end and write that down; None if another ended it while we waited."""
+    ended_by_another = False
+    while True:
         with names.locked():  # the daemon may be writing the record too
-            if not entry.lock(wait=False):
+            if ended_by_another and not names.has(domain.uuid):
+                return None
+            if entry.lock(wait=False):
+                record = names.read(domain.uuid) or registry.Record(domain.uuid, domain.name)
+                record.state = registry.ENDING  # whoever finds it so, nobody at work on it, goes on
+                entry.write(record)
+                return record
+            other = names.read(domain.uuid)
+            if other is None or other.state != registry.ENDING:
                 raise StateError(
-                    f'domain "{domain.name}" is being created, changed or destroyed already',
-                    hint="wait for it",
+                    f'domain "{domain.name}" is being created or changed', hint="wait for it"
                 )
-            record = names.read(domain.uuid) or registry.Record(domain.uuid, domain.name)
-            record.state = registry.ENDING  # whoever finds it so, nobody at work on it, goes on
-            entry.write(record)
-        end(host, domain.info, record)
-        names.forget(entry, record)
+        ended_by_another = True
+        with contextlib.suppress(StateError):  # gone already
+            entry.lock(wait=True)  # without the registry's, which whoever ends it needs
+            entry.close()
 
 
 def end(host: Host, info: DomainInfo, record: Record) -> None:
