@@ -5,13 +5,15 @@ Run it in Dom0 of a host with xenstored::
     scripts/lab run --xenstored --dom0-cpus 1 -- python3 /src/bench/linux.py --count 7
 
 The guest is Dom0's own kernel with a ramdisk whose /init powers off at once; the hypervisor sees
-that, whoever made the guest. For each type of guest (pv, pvh) the rows, in turn:
+that, whoever made the guest. For each type of guest (pv, pvh) the rows, in turn, from a Dom0 at
+rest:
 
-- ``xl``    `xl create -q`: until the command returned, and until userland
-- ``cold``  `chaos create -q`, of a shape that the pool does not have
-- ``warm``  the same from the pool, kernel and ramdisk built ahead
+- ``xl``     `xl create -q`: until the command returned, and until userland
+- ``cold``   `chaos create -q`, of a shape that the pool does not have
+- ``warm``   the same from the pool, kernel and ramdisk built ahead
+- ``asked``  the same by a request to chaosd's socket, without the command
 
-Prints JSON: milliseconds (median, p99) and ratios.
+Prints JSON: milliseconds (median, p99), ratios, and the medians of chaosd's steps.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ import time
 from pathlib import Path
 from time import perf_counter_ns
 
-from dom0 import PATIENCE, TREE, connect, start_chaosd, start_daemons, wait
+from dom0 import PATIENCE, TREE, Asker, connect, rest, start_chaosd, start_daemons, wait
 from figures import ratio, spawn, summary
 
 sys.path.append(str(TREE / "tests/lab"))  # the kernel and the ramdisk are those of the tests
 from stock import initramfs, unpacked
 
 from chaos.host import Host
+from chaos.steps import EXECUTE
 
 INIT = "#!/bin/busybox sh\nexec /bin/busybox poweroff -f\n"
 MEMORY = 128
@@ -68,6 +71,7 @@ class Bench:
         self.host = host
         self.folder = folder
         self.rows: dict[str, list[float]] = {}
+        self.steps: dict[str, list[float]] = {}
         self.kernel = unpacked(folder)
         self.ramdisk = initramfs(folder, INIT)
 
@@ -91,8 +95,16 @@ class Bench:
         """One guest: made, seen in userland, destroyed."""
         name = f"{row}-{kind}"
         path = self.config(name, kind, memory)
+        asker = Asker()
+        rest()
         start = perf_counter_ns()
-        spawn(tool, "create", "-q", path)
+        if row == "asked":
+            _, (made,) = asker.create({"path": path.encode(), "overrides": []})
+            for step in made["profile"]["steps"]:
+                if step["phase"] == EXECUTE:
+                    self.steps.setdefault(f"{kind}: {step['name']}", []).append(step["ms"])
+        else:
+            spawn(tool, "create", "-q", path)
         returned = perf_counter_ns()
         deadline = time.monotonic() + PATIENCE
         while not any(info.shutdown for info in self.host.ctrl.domain_list()):
@@ -111,7 +123,7 @@ class Bench:
             f"{kind}_{row}_{what}_over_xl": ratio(
                 rows[f"{row}-{kind}-{what}"], rows[f"xl-{kind}-{what}"]
             )
-            for row in ("cold", "warm")
+            for row in ("cold", "warm", "asked")
             for what in ("create", "userland")
         }
 
@@ -137,7 +149,8 @@ def main() -> int:
                 for _ in range(args.count):
                     for kind in ("pv", "pvh"):
                         for tool, row, more in (
-                            ("xl", "xl", 0), ("chaos", "cold", 1), ("chaos", "warm", 0)
+                            ("xl", "xl", 0), ("chaos", "cold", 1), ("chaos", "warm", 0),
+                            ("chaos", "asked", 0),
                         ):  # fmt: skip
                             wait(filled, "the pool is not filled")
                             bench.sample(tool, row, kind, MEMORY + more)
@@ -147,6 +160,7 @@ def main() -> int:
             daemon.terminate()
             daemon.wait()
     result: dict[str, object] = {name: summary(row) for name, row in bench.rows.items()}
+    result["steps"] = {name: summary(row)["median_ms"] for name, row in bench.steps.items()}
     result["ratios"] = {**bench.ratios("pv"), **bench.ratios("pvh")}
     json.dump(result, sys.stdout, indent=2)
     print()
