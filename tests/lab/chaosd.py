@@ -136,3 +136,17 @@ def page_of(host: Host, uuid: str) -> Any:
     assert record is not None
     with host.memory.map(record.domid, [record.store_frame]) as mapping:
         return decode(bytes(mapping.view))
+
+
+def network_state() -> str:
+    """What Dom0 knows of its neighbours and of netback's rings."""
+
+    def said(*command: str) -> str:
+        return subprocess.run(command, check=False, capture_output=True, text=True).stdout
+
+    told = [said("ip", "neighbour"), said("bridge", "fdb", "show"), said("ip", "-s", "link")]
+    debugfs = Path("/sys/kernel/debug")
+    said("mount", "-t", "debugfs", "none", str(debugfs))
+    rings = sorted(debugfs.glob("xen-netback/*/*"))
+    told += [f"{ring}:\n{ring.read_text()}" for ring in rings]
+    return "\n".join(told)

@@ -19,6 +19,7 @@ from chaosd import (
     NONE,
     create,
     filled,
+    network_state,
     page_of,
     running,
     served,
@@ -188,20 +189,6 @@ class Pings:
         if lost:
             sys.stdout.write(network_state())
         return lost
-
-
-def network_state() -> str:
-    """What Dom0 knows of its neighbours and of netback's rings."""
-
-    def said(*command: str) -> str:
-        return subprocess.run(command, check=False, capture_output=True, text=True).stdout
-
-    told = [said("ip", "neighbour"), said("bridge", "fdb", "show"), said("ip", "-s", "link")]
-    debugfs = Path("/sys/kernel/debug")
-    said("mount", "-t", "debugfs", "none", str(debugfs))
-    rings = sorted(debugfs.glob("xen-netback/*/*"))
-    told += [f"{ring}:\n{ring.read_text()}" for ring in rings]
-    return "\n".join(told)
 
 
 def recent(chaos: Chaos) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import command
 import pytest
-from chaosd import DAYTIME, GUESTS, NONE, create, filled, running
+from chaosd import DAYTIME, GUESTS, NONE, create, filled, network_state, running
 from command import chaos
 from daemons import (
     end,
@@ -428,12 +428,24 @@ name = "{name}"
 memory = {FIFTY}
 kernel = "{linux}"
 ramdisk = "{ramdisk}"
-extra = "quiet address={address}"
+extra = "console=hvc0 address={address}"
 vif = ["bridge={BRIDGE}"]
 """
             client.call("create", config=text)
-        for address in guests:
-            wait_for(partial(answers, address), f"{address} does not answer", 4 * BOOT_SECONDS)
+        silent = dict(guests)
+
+        def all_answer() -> bool:
+            for address in [*silent]:
+                if answers(address):
+                    del silent[address]
+            return not silent
+
+        try:
+            wait_for(all_answer, "not all answer", 2 * BOOT_SECONDS)
+        finally:
+            for name in silent.values():
+                sys.stdout.write(client.call("logs", domain=name).decode(errors="replace"))
+            sys.stdout.write(network_state() if silent else "")
         for name in guests.values():
             chaos("mem-set", name, "64")
         wait_for(lambda: not too_large(), "they keep their memory", BOOT_SECONDS)
