@@ -18,6 +18,7 @@ from waiting import wait_for
 from chaos.client import Chaos
 from chaos.registry import Registry
 from noxs.pageview import decode
+from xenctypes.errors import ChaosError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -139,7 +140,7 @@ def page_of(host: Host, uuid: str) -> Any:
 
 
 def network_state() -> str:
-    """What Dom0 knows of its neighbours and of netback's rings."""
+    """What Dom0 knows of its neighbours and of netback's rings, and what the guests said."""
 
     def said(*command: str) -> str:
         return subprocess.run(command, check=False, capture_output=True, text=True).stdout
@@ -149,4 +150,8 @@ def network_state() -> str:
     said("mount", "-t", "debugfs", "none", str(debugfs))
     rings = sorted(debugfs.glob("xen-netback/*/*"))
     told += [f"{ring}:\n{ring.read_text()}" for ring in rings]
+    with contextlib.suppress(ChaosError), Chaos() as chaos:
+        for guest in chaos.call("list")[1:]:
+            log = chaos.call("logs", domain=guest["name"]).decode(errors="replace")
+            told.append(f"{guest}:\n{log[-2000:]}")
     return "\n".join(told)
