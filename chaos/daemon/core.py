@@ -270,12 +270,13 @@ class Daemon:
         """
         if self._mac_seems_taken(wanted):
             await self._refresh_macs()  # whoever had it may be gone
-        shell = self._from_pool(wanted, peer)
-        if shell is None:
-            shell = await self._made(wanted, peer, report)
-        if shell.store:
-            return await self._deliver_stock(shell, wanted, peer, paused=paused)
-        return self._deliver(shell, wanted, peer, paused=paused)
+        with self.pool.attending():
+            shell = self._from_pool(wanted, peer)
+            if shell is None:
+                shell = await self._made(wanted, peer, report)
+            if shell.store:
+                return await self._deliver_stock(shell, wanted, peer, paused=paused)
+            return self._deliver(shell, wanted, peer, paused=paused)
 
     def create_now(self, wanted: Wanted, peer: Peer, *, paused: bool = False) -> Delivery | None:
         """The same from a warm shell; None if there is none, or if it takes longer. ChaosError."""
@@ -464,6 +465,10 @@ class Daemon:
         info = self.guests.info(shell.domid, shell.uuid)
         # Another toolstack may have destroyed it, or let it run.
         return info is not None and info.paused and not info.dying and not info.cpu_time
+
+    def ended(self, uuid: str) -> None:
+        """Let go of a guest that a verb destroyed; from the verb's thread, before its reply."""
+        self.loop.call_soon_threadsafe(self.guests.ended, uuid)
 
     def unpause(self, delivery: Delivery) -> None:
         """Let a guest that was delivered paused run."""

@@ -467,6 +467,12 @@ class Guests:
         with contextlib.suppress(ChaosError):
             await self.daemon.in_thread(lambda host, names: reap_one(host, names, uuid))
 
+    def ended(self, uuid: str) -> None:
+        """Forget a guest that we destroyed, without waiting for the hypervisor to tell of it."""
+        guest = self.by_uuid.get(uuid)
+        if guest is not None:
+            self.forget(guest, "destroyed")
+
     def forget(self, guest: Guest, how: str) -> None:
         """Hold nothing of a guest any more."""
         if self.by_uuid.get(guest.uuid) is guest:

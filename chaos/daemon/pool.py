@@ -49,6 +49,8 @@ Key = tuple[Shape, ImageKey | None]
 
 QUIET = 0.05
 """Seconds without a create after which a flavour that is not low is refilled."""
+ATTENTION = 0.25
+"""Seconds that a refill waits at most for creates that are under way, however much it lacks."""
 TICK = 1.0
 DIGEST_SECONDS = 60.0
 """How long until a flavour's image is read again, to see whether its contents are the same."""
@@ -96,6 +98,8 @@ class Pool:
         self._told: OrderedDict[tuple[Shape, str, str, str], bytes] = OrderedDict()
         self._loop = asyncio.get_running_loop()
         self._quiet_from = 0.0
+        self._attended = 0  # creates that are under way
+        self._attended_until = 0.0
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -262,6 +266,18 @@ class Pool:
                 return shell
             shelf.append(shell)
         return None
+
+    @contextlib.contextmanager
+    def attending(self) -> Iterator[None]:
+        """Hold the refill back for a moment, while somebody waits for a create."""
+        if not self._attended:
+            self._attended_until = self._loop.time() + ATTENTION
+        self._attended += 1
+        try:
+            yield
+        finally:
+            self._attended -= 1
+            self._wake.set()
 
     def has_store(self, shape: Shape, key: ImageKey | None) -> bool:
         """Whether shells of that shape and image are of stock guests with a store."""
@@ -592,7 +608,9 @@ class Pool:
             if flavour is None:
                 break
             wait = self._quiet_from - self._loop.time()
-            if wait > 0 and not flavour.urgent:
+            if flavour.urgent:
+                wait = self._attended_until - self._loop.time() if self._attended else 0.0
+            if wait > 0:
                 self._loop.call_later(wait, self._wake.set)
                 break
             if self._seeking:

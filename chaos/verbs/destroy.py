@@ -82,5 +82,7 @@ def _destroy(call: Invocation, restarts: Restarts, wanted: str) -> dict[str, Any
         if not called_off:
             raise
         return called_off[0].describe()
+    if call.daemon is not None:
+        call.daemon.ended(domain.uuid)  # what it has mapped of the domain keeps that from going
     restarts.call_off(domain.uuid)  # its death may have been noticed meanwhile
     return {"name": domain.name, "domid": domain.domid, "uuid": domain.uuid}

@@ -273,6 +273,20 @@ def test_destroyed_is_told_when_it_is(run: Callable[..., None]) -> None:
     run(test)
 
 
+def test_what_a_verb_destroyed_is_let_go_of_at_once_and_told_once(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        lab.adopted(lab.record())
+        lab.xen.domains.clear()
+        lab.guests.ended(A)
+        assert lab.xen.mapped == []
+        lab.guests.ended(A)
+        lab.guests._look_now()
+        assert lab.kinds().count("destroyed") == 1
+        assert lab.tasks == []
+
+    run(test)
+
+
 def test_the_last_words_of_a_guest_outlive_it(run: Callable[..., None]) -> None:
     """Whoever waits for its end may come to read them when it is gone already."""
 

@@ -794,3 +794,29 @@ def test_an_image_is_read_once_for_many_shells(
         assert len(read) == 1
 
     run(test)
+
+
+def test_a_refill_waits_for_a_create_but_not_for_ever(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def turns(count: int = 50) -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    async def test(lab: Lab) -> None:
+        pool = lab.pool
+        with pool.attending():
+            with pool.attending():
+                flavour = pool.add(spec("f", size=1))
+                await turns()
+            await turns()
+            assert not flavour.shells
+            assert not flavour.making
+        await filled(pool)
+        monkeypatch.setattr(module, "ATTENTION", 0.0)
+        with pool.attending():
+            await pool.drain("f")
+            await filled(pool)
+
+    monkeypatch.setattr(module, "ATTENTION", 1e6)
+    run(test)
