@@ -54,7 +54,8 @@ def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
             if action == "preserve":
                 return 0
             if action == "rename-restart":
-                afterlife.set_aside(call.host, call.names, uuid)
+                with held():  # half of it would leave a name
+                    afterlife.set_aside(call.host, call.names, uuid)
             else:
                 destroy(call.host, call.names, find(call.host, call.names, uuid))
                 if action == "destroy":

@@ -276,6 +276,8 @@ class Registry:
             entry.path = directory
             self._link(record.name, record.uuid)
         except BaseException:
+            if entry.path == directory:  # interrupted when the link was made, perhaps
+                self._unlink(record.name, record.uuid)
             _remove_directory(entry.path)
             entry.close()
             raise
@@ -336,8 +338,11 @@ class Registry:
         path = f"{self.path}/domains/{record.uuid}"
         os.rename(entry.path, path)
         entry.path = path
+        self._unlink_all(before)
+
+    def _unlink_all(self, uuid: str) -> None:
         for name in os.listdir(f"{self.path}/names"):
-            self._drop_link(f"{self.path}/names/{name}", before)
+            self._drop_link(f"{self.path}/names/{name}", uuid)
 
     def free_name(self, name: str) -> str:
         """``name-1``, or with the first higher number that is free."""
@@ -347,8 +352,13 @@ class Registry:
         return f"{name}-{number}"
 
     def forget(self, entry: Entry, record: Record) -> None:
-        """Drop a domain's name and record; the caller holds its lock. Idempotent."""
+        """Drop a domain's name and record; the caller holds its lock. Idempotent.
+
+        Of one that was to get another UUID and name: both of its names.
+        """
         self._unlink(record.name, record.uuid)
+        if entry.uuid != record.uuid:
+            self._unlink_all(entry.uuid)
         for mac in record.macs:
             self.release_mac(mac, record.uuid)
         _remove_directory(entry.path)

@@ -122,6 +122,35 @@ def test_rekey_makes_room_for_a_successor(names: Registry) -> None:
     assert sorted(names.uuids()) == [A, B]
 
 
+def test_forget_in_the_middle_of_a_rekey_leaves_no_name(names: Registry) -> None:
+    record = Record(A, "web")
+    with names.reserve(record) as entry, names.locked():
+        names.begin_rekey(entry, record, B, names.free_name("web"))
+        names.forget(entry, record)
+    assert os.listdir(f"{names.path}/names") == []
+    assert names.uuids() == []
+
+
+def test_an_interrupted_reserve_leaves_nothing_and_takes_nothing(
+    names: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Registry._link
+
+    def interrupted(self: Registry, name: str, uuid: str) -> None:
+        link(self, name, uuid)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "_link", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            names.reserve(Record(A, "web"))
+    assert os.listdir(f"{names.path}/names") == []
+    names.reserve(Record(A, "web")).close()
+    with pytest.raises(StateError, match="UUID"):
+        names.reserve(Record(A, "web"))
+    assert names.uuid_of("web") == A
+
+
 def test_forget_is_idempotent_and_spares_a_successor_of_the_name(names: Registry) -> None:
     record = Record(A, "web")
     with names.reserve(record) as entry:
