@@ -719,8 +719,8 @@ def test_lies_about_rings_and_back_ends_hurt_the_liar(host: Host, nothing_left: 
             assert refused[1] in {b"EACCES", b"ENOENT"}
         said("liar", b"lies about its store's ring")
         states = re.findall(rb"back end is in state (.)", said("liar", b"(?s).*")[0])
+        # netback says 4 also after an error, for a moment (set_backend_state() in its xenbus.c).
         assert set(states) <= {b"4", b"5", b"6"}, states
-        assert states[0] != b"4"  # references of nothing
         assert b"4" in states  # rings that netback took, and which then were noise
         assert {key: bus.get(f"{theirs}/{key}") for key in bus.directory(theirs)} == before
         assert bus.read(f"{mine}/frontend") == front
