@@ -3,7 +3,7 @@
  * Pings somebody, for guests that show each other that they are there:
  *
  *   ping=A.B.C.D   whom
- *   count=N        how often (10), ten times a second
+ *   count=N        how often (10), ten times a second once it is answered
  */
 #include "net.h"
 
@@ -62,8 +62,8 @@ void ping_reply(const struct path *from, const uint8_t *icmp, uint32_t length)
         return;
     seen[number / 8] |= (uint8_t)(1 << number % 8);
     received++;
-    /* All are back: say so now rather than when patience ends. */
-    if (received == count)
+    /* The way is known, or all are back: go on now rather than when patience ends. */
+    if (received == 1 || received == count)
         due = 0;
 }
 
@@ -86,5 +86,6 @@ uint64_t ping_timer(uint64_t now)
         put16(icmp + 2, ip_sum(icmp, SIZE));
         ip_send(&path, PROTOCOL_ICMP, SIZE);
     }
-    return due = now + (sent == count ? PATIENCE : INTERVAL);
+    /* Until the first is answered, others would take its place in the queue for an address. */
+    return due = now + (sent == count || !received ? PATIENCE : INTERVAL);
 }
