@@ -63,7 +63,7 @@ void ping_reply(const struct path *from, const uint8_t *icmp, uint32_t length)
     seen[number / 8] |= (uint8_t)(1 << number % 8);
     received++;
     /* The way is known, or all are back: go on now rather than when patience ends. */
-    if (received == 1 || received == count)
+    if ((received == 1 && sent < count) || received == count)
         due = 0;
 }
 

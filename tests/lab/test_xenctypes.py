@@ -513,9 +513,6 @@ def test_a_domain_is_built_and_speaks(host: Host, memory: ForeignMemory) -> None
         with memory.map_resource(domid, public.XENMEM_resource_grant_table, 0) as table:
             granted = [table.overlay(pages.grant_entry_v1, 8 * index).frame for index in (0, 1)]
             assert granted == frames[1:]
-    info = xenctrl.domain_info(domid)
-    assert info is not None
-    assert info.cpu_time > 0
 
 
 @pytest.mark.skipif(not HELLO.exists(), reason="guests are not built: make -C guests")
