@@ -19,7 +19,7 @@ from noxs.bus import Bus
 from xenctypes.errors import BusError, ChaosError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 TREE = Path(__file__).resolve().parent.parent
 PATIENCE = 120.0
@@ -130,6 +130,11 @@ class Asker:
                 raise SystemExit(f"create: {reply.value}")
             values.append(reply.value)
         return elapsed, values
+
+
+def executed(made: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The steps of a create's reply that its caller waited for, not those of the pool before."""
+    return (step for step in made["profile"]["steps"] if step["phase"] == "execute")
 
 
 def process(name: str) -> int:

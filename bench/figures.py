@@ -47,6 +47,14 @@ def summary(samples: list[float]) -> dict[str, float]:
     }
 
 
+def medians(steps: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Milliseconds of steps, by the row and the name of the step."""
+    return {
+        row: {name: statistics.median(samples) for name, samples in named.items()}
+        for row, named in steps.items()
+    }
+
+
 def ratio(over: list[float], under: list[float]) -> float:
     """Of the medians."""
     return statistics.median(over) / statistics.median(under)

@@ -8,6 +8,7 @@ Prints JSON: milliseconds (median, p99) and ratios. It starts the daemons that d
 
 - ``warm``       a request to chaosd's socket, one vif, until the reply; a plain socket, no client
 - ``ready``      the same until the guest's ready event was seen by the caller
+- ``row``        as ``warm``, eight in a row without a rest; ``spawn_row``: posix_spawn likewise
 - ``busy``       as ``warm``, while the pool is refilled
 - ``command``    the whole `chaos create` command, one vif, from the pool
 - ``generic``    a shell without an image, no vif, until the reply
@@ -38,6 +39,7 @@ from dom0 import (
     TREE,
     Asker,
     connect,
+    executed,
     filled,
     rest,
     runs_xenstored,
@@ -45,7 +47,7 @@ from dom0 import (
     start_daemons,
     wait,
 )
-from figures import clock, local, ratio, spawn, summary
+from figures import clock, local, medians, ratio, spawn, summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +76,8 @@ name = "generic"
 memory = 5
 size = 4
 """
+SHELLS = 8
+"""Of the daytime flavour."""
 PAIRS = 4
 """Samples that are taken in turn with their peers', from a pool that is full at first."""
 FLAVOURS = {"refill": "daytime", "refill_plain": "plain"}
@@ -115,9 +119,9 @@ class Bench:
         elapsed, (made,) = self.plain.create(params)
         self.rows.setdefault(row, []).append(elapsed)
         steps = self.steps.setdefault(row, {})
-        for step in made["profile"]["steps"]:
-            if row == "cold" or step["phase"] == "execute":  # for a cold one somebody waits for all
-                steps.setdefault(step["name"], []).append(step["ms"])
+        # For a cold one somebody waits for all of them.
+        for step in made["profile"]["steps"] if row == "cold" else executed(made):
+            steps.setdefault(step["name"], []).append(step["ms"])
 
     def end(self) -> None:
         """Destroy what was made."""
@@ -131,6 +135,12 @@ class Bench:
                 self.add("spawn", lambda: spawn("/bin/true"))
                 self.ask(row, self.daytime, wait_ready=seconds)
             self.end()
+        self.rest()
+        for _ in range(SHELLS):
+            self.add("spawn_row", lambda: spawn("/bin/true"))
+        for _ in range(SHELLS):
+            self.ask("row", self.daytime)
+        self.end()
         self.chaos.call("pool.drain", name="daytime")
         wait(lambda: self.chaos.call("pool.list")[0]["ready"], "no shell comes")
         self.ask("busy", self.daytime)
@@ -195,6 +205,7 @@ def main() -> int:
     ratios = {
         f"{row}_over_spawn": ratio(rows[row], spawned) for row in ("warm", "ready", "generic")
     }
+    ratios["row_over_spawn_row"] = ratio(rows["row"], rows["spawn_row"])
     ratios["command_over_true"] = ratio(rows["command"], spawned)
     ratios["busy_over_warm"] = ratio(rows["busy"], rows["warm"])
     if with_xl:
@@ -203,10 +214,7 @@ def main() -> int:
         ratios["shells_per_xl_vif"] = ratio(rows["xl_vif"], rows["refill"])
         ratios["plain_shells_per_xl"] = ratio(rows["xl"], rows["refill_plain"])
     result["ratios"] = ratios
-    result["steps"] = {
-        row: {name: summary(samples)["median_ms"] for name, samples in steps.items()}
-        for row, steps in bench.steps.items()
-    }
+    result["steps"] = medians(bench.steps)
     json.dump(result, sys.stdout, indent=2)
     print()
     return 0
