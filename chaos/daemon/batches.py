@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -11,14 +12,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DELAY = 0.1
+LATEST = 0.5
 MOST = 64
 
 
 class Batches(Generic[T]):
-    """Items are gathered for DELAY seconds, then ``work`` is awaited for at most MOST of them.
+    """Items are gathered until none has come for DELAY seconds, then worked on together.
 
-    Of a burst of creates each would otherwise cost a thread its start and a server its answer,
-    while the next one waits. ``spawn`` runs a coroutine that ends with the daemon.
+    ``work`` is awaited for at most MOST of them at a time, LATEST seconds after the first at the
+    latest. Of a burst of creates each would otherwise cost a thread its start and a server its
+    answer, while the next one waits. ``spawn`` runs a coroutine that ends with the daemon.
     """
 
     def __init__(
@@ -30,10 +33,12 @@ class Batches(Generic[T]):
         self._work = work
         self._waiting: list[T] = []
         self._busy = False
+        self._added = 0.0
 
     def add(self, item: T) -> None:
         """Have an item worked on soon."""
         self._waiting.append(item)
+        self._added = time.monotonic()
         if not self._busy:
             self._busy = True
             self._spawn(self._run())
@@ -41,8 +46,17 @@ class Batches(Generic[T]):
     async def _run(self) -> None:
         try:
             while self._waiting:
-                await asyncio.sleep(DELAY)
+                await self._gather()
                 batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
                 await self._work(batch)
         finally:
             self._busy = False
+
+    async def _gather(self) -> None:
+        deadline = time.monotonic() + LATEST
+        while len(self._waiting) < MOST:
+            now = time.monotonic()
+            pause = min(self._added + DELAY, deadline) - now
+            if pause <= 0:
+                break
+            await asyncio.sleep(pause)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 Key = tuple[Shape, ImageKey | None]
 
-QUIET = 0.05
+QUIET = 0.2
 """Seconds without a create after which a flavour that is not low is refilled."""
 ATTENTION = 0.25
 """Seconds that a refill waits at most for creates that are under way, however much it lacks."""

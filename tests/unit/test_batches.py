@@ -62,3 +62,32 @@ def test_after_a_failure_it_works_on() -> None:
         return seen
 
     assert asyncio.run(run()) == [2]
+
+
+def test_what_comes_while_more_comes_waits_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        pauses.append(seconds)
+        now += seconds
+        gathered.add(len(pauses))
+
+    async def work(items: list[int]) -> None:
+        worked.append((round(now, 3), items))
+
+    monkeypatch.setattr(batches.time, "monotonic", lambda: now)
+    monkeypatch.setattr(batches.asyncio, "sleep", sleep)
+    worked: list[tuple[float, list[int]]] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def run() -> None:
+        gathered.add(0)
+        await tasks[0]
+
+    gathered = Batches[int](lambda coroutine: tasks.append(asyncio.create_task(coroutine)), work)
+    asyncio.run(run())
+    assert worked == [(0.5, [0, 1, 2, 3, 4, 5])]
