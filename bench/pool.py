@@ -8,7 +8,6 @@ Prints JSON: milliseconds (median, p99) and ratios. It starts the daemons that d
 
 - ``warm``       a request to chaosd's socket, one vif, until the reply; a plain socket, no client
 - ``ready``      the same until the guest's ready event was seen by the caller
-- ``row``        as ``warm``, eight in a row without a rest; ``spawn_row``: posix_spawn likewise
 - ``busy``       as ``warm``, while the pool is refilled
 - ``command``    the whole `chaos create` command, one vif, from the pool
 - ``generic``    a shell without an image, no vif, until the reply
@@ -76,8 +75,6 @@ name = "generic"
 memory = 5
 size = 4
 """
-SHELLS = 8
-"""Of the daytime flavour."""
 PAIRS = 4
 """Samples that are taken in turn with their peers', from a pool that is full at first."""
 FLAVOURS = {"refill": "daytime", "refill_plain": "plain"}
@@ -135,12 +132,6 @@ class Bench:
                 self.add("spawn", lambda: spawn("/bin/true"))
                 self.ask(row, self.daytime, wait_ready=seconds)
             self.end()
-        self.rest()
-        for _ in range(SHELLS):
-            self.add("spawn_row", lambda: spawn("/bin/true"))
-        for _ in range(SHELLS):
-            self.ask("row", self.daytime)
-        self.end()
         self.chaos.call("pool.drain", name="daytime")
         wait(lambda: self.chaos.call("pool.list")[0]["ready"], "no shell comes")
         self.ask("busy", self.daytime)
@@ -205,7 +196,6 @@ def main() -> int:
     ratios = {
         f"{row}_over_spawn": ratio(rows[row], spawned) for row in ("warm", "ready", "generic")
     }
-    ratios["row_over_spawn_row"] = ratio(rows["row"], rows["spawn_row"])
     ratios["command_over_true"] = ratio(rows["command"], spawned)
     ratios["busy_over_warm"] = ratio(rows["busy"], rows["warm"])
     if with_xl:

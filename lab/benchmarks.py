@@ -58,7 +58,6 @@ class Part:
 XENSTORED = {"xenstored": True}
 ROOMY = {"memory": 8 * GIB, "dom0_memory": 2 * GIB}
 HUGE = {"memory": 17 * GIB, "dom0_memory": 3 * GIB}
-HUGE = {"memory": 17 * GIB, "dom0_memory": 3 * GIB}
 PARTS = (
     Part("xenstored", "python3 bench/compare.py --guests 20 --guests 100", 900, XENSTORED),
     Part("profile", "chaos profile --cold --against xl -n 10 --json -q examples/hello.cfg", 200,
