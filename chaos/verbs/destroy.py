@@ -49,8 +49,9 @@ def run(call: Invocation) -> int:
             try:
                 destroyed = _destroy(call, restarts, wanted)
             except ChaosError as error:
-                if wanted in called_off:
-                    continue  # it was dead, and waited to be created again
+                # It was dead, and waited to be created again, or ended by itself since.
+                if wanted in called_off or (args.all and _is_gone(call, wanted)):
+                    continue
                 if failure is not None:
                     error.add_note(str(failure))
                 failure = error
@@ -62,6 +63,14 @@ def run(call: Invocation) -> int:
     if failure is not None:
         raise failure
     return 0
+
+
+def _is_gone(call: Invocation, uuid: str) -> bool:
+    try:
+        find(call.host, call.names, uuid)
+    except StateError:
+        return True
+    return False
 
 
 def _destroy(call: Invocation, restarts: Restarts, wanted: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import pytest
 from paper_xen import Xen
 
 from chaos import config as configuration
+from chaos.destroy import destroy as end
+from chaos.domains import find
 from chaos.invocation import Invocation
 from chaos.registry import RUNNING, Record, Registry
 from chaos.restarts import Restart, Restarts
@@ -19,6 +21,7 @@ from chaos.verbs import destroy
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 ONE, TWO = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
@@ -68,15 +71,20 @@ class Host:
         self.xen = Xen()
         self.names = names
         self.told: list[Any] = []
+        self.on_told: Callable[..., None] = lambda *_: None
 
     def destroy(self, *domains: str, everything: bool = False) -> list[tuple[str, int | None]]:
         """The names and domids of what was destroyed or called off."""
         args = Namespace(domains=[*domains], all=everything, force=False, json=True, quiet=False)
         out = io.StringIO()
         call = Invocation(args, self.xen.host, self.names, stdout=out, stderr=io.StringIO())
-        call.report = lambda *what: self.told.append(what)
+        call.report = self._tell
         assert destroy.run(call) == 0
         return [(each["name"], each["domid"]) for each in json.loads(out.getvalue())]
+
+    def _tell(self, *what: object) -> None:
+        self.told.append(what)
+        self.on_told(*what)
 
     def guest(self, uuid: str, name: str) -> int:
         domid = self.xen.create(uuid)
@@ -104,6 +112,23 @@ def test_a_destroy_calls_a_restart_off(tmp_path: Path, restarts: Restarts, by: s
     if words:
         with pytest.raises(StateError, match="no domain"):
             host.destroy(*words)
+
+
+def test_all_are_destroyed_though_one_ends_by_itself_meanwhile(
+    tmp_path: Path, restarts: Restarts
+) -> None:
+    host = Host(Registry(str(tmp_path)))
+    host.names.prepare()
+    first, second = host.guest(ONE, "one"), host.guest(TWO, "two")
+    assert restarts.all() == []
+
+    def crash(*_: object) -> None:
+        if second in host.xen.domains:
+            end(host.xen.host, host.names, find(host.xen.host, host.names, TWO))
+
+    host.on_told = crash
+    assert host.destroy(everything=True) == [("one", first)]
+    assert host.destroy(everything=True) == []
 
 
 def test_a_number_that_another_domain_has_is_that_domain_s(
