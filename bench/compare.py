@@ -51,6 +51,7 @@ from typing import TYPE_CHECKING, Any
 from dom0 import (
     TREE,
     Asker,
+    awaited,
     connect,
     filled,
     rest,
@@ -62,7 +63,6 @@ from dom0 import (
 from figures import clock, local, spawn, spawn_all
 
 from chaos.host import Host
-from chaos.steps import EXECUTE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -265,9 +265,8 @@ class Comparison:
         self._add(f"{who}/{vifs}vif/{end}", elapsed)
         if end == "returned" and not self.guests:
             sums: dict[str, float] = {}
-            for step in made["profile"]["steps"]:
-                if who == "cold" or step["phase"] == EXECUTE:  # for a cold one all is waited for
-                    sums[step["category"]] = sums.get(step["category"], 0.0) + step["ms"]
+            for step in awaited(made, cold=who == "cold"):
+                sums[step["category"]] = sums.get(step["category"], 0.0) + step["ms"]
             sums = {name: round(total, 4) for name, total in sums.items()}
             self.categories.setdefault(f"{who}/{vifs}vif", []).append(sums)
 

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dom0 import TREE, connect, cpu_seconds, start_chaosd, start_daemons, wait
-from figures import clock, local, spawn, summary
+from figures import clock, local, medians, spawn, summary
 
 from chaos.host import Host
 
@@ -313,10 +313,7 @@ class Bench:
             "shell": shell,
             "create": summary(times),
             "ready": summary([each for each in ready if each is not None]),
-            "steps": {
-                phase: {name: statistics.median(found) for name, found in by_name.items()}
-                for phase, by_name in steps.items()
-            },
+            "steps": medians(steps),
             "daemon_cpu": {
                 "chaosd": now[self.daemon],
                 "makers": sum(used for pid, used in now.items() if pid != self.daemon),

@@ -14,6 +14,7 @@ from figures import clock
 from chaos import frames
 from chaos.client import Chaos
 from chaos.connection import SOCKET
+from chaos.steps import EXECUTE
 from noxs import hotplug
 from noxs.bus import Bus
 from xenctypes.errors import BusError, ChaosError
@@ -132,9 +133,12 @@ class Asker:
         return elapsed, values
 
 
-def executed(made: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The steps of a create's reply that its caller waited for, not those of the pool before."""
-    return (step for step in made["profile"]["steps"] if step["phase"] == "execute")
+def awaited(made: dict[str, Any], *, cold: bool = False) -> Iterator[dict[str, Any]]:
+    """The steps of a create's reply that its caller waited for: of a cold one, all of them.
+
+    Of any other those that make the shell were done before, by the pool.
+    """
+    return (step for step in made["profile"]["steps"] if cold or step["phase"] == EXECUTE)
 
 
 def process(name: str) -> int:

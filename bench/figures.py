@@ -7,10 +7,12 @@ import re
 import statistics
 from pathlib import Path
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+Row = TypeVar("Row")
 
 
 def local(tree: Path, *names: str) -> dict[str, Path]:
@@ -47,7 +49,7 @@ def summary(samples: list[float]) -> dict[str, float]:
     }
 
 
-def medians(steps: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+def medians(steps: dict[Row, dict[str, list[float]]]) -> dict[Row, dict[str, float]]:
     """Milliseconds of steps, by the row and the name of the step."""
     return {
         row: {name: statistics.median(samples) for name, samples in named.items()}

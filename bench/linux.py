@@ -28,14 +28,13 @@ import time
 from pathlib import Path
 from time import perf_counter_ns
 
-from dom0 import PATIENCE, TREE, Asker, connect, rest, start_chaosd, start_daemons, wait
+from dom0 import PATIENCE, TREE, Asker, awaited, connect, rest, start_chaosd, start_daemons, wait
 from figures import ratio, spawn, summary
 
 sys.path.append(str(TREE / "tests/lab"))  # the kernel and the ramdisk are those of the tests
 from stock import initramfs, unpacked
 
 from chaos.host import Host
-from chaos.steps import EXECUTE
 
 INIT = "#!/bin/busybox sh\nexec /bin/busybox poweroff -f\n"
 MEMORY = 128
@@ -100,9 +99,8 @@ class Bench:
         start = perf_counter_ns()
         if row == "asked":
             _, (made,) = asker.create({"path": path.encode(), "overrides": []})
-            for step in made["profile"]["steps"]:
-                if step["phase"] == EXECUTE:
-                    self.steps.setdefault(f"{kind}: {step['name']}", []).append(step["ms"])
+            for step in awaited(made):
+                self.steps.setdefault(f"{kind}: {step['name']}", []).append(step["ms"])
         else:
             spawn(tool, "create", "-q", path)
         returned = perf_counter_ns()

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 from dom0 import (
     TREE,
     Asker,
+    awaited,
     connect,
     cpu_seconds,
-    executed,
     filled,
     rss_kib,
     start_chaosd,
@@ -74,7 +74,7 @@ class Bench:
             params = {"path": self.config.encode(), "overrides": [f'name="{name}"']}
             elapsed, (made,) = self.plain.create(params)
             found.append(elapsed)
-            for step in executed(made):
+            for step in awaited(made):
                 steps.setdefault(step["name"], []).append(step["ms"])
             self.chaos.destroy(name)
         return found

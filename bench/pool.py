@@ -37,8 +37,8 @@ from typing import TYPE_CHECKING
 from dom0 import (
     TREE,
     Asker,
+    awaited,
     connect,
-    executed,
     filled,
     rest,
     runs_xenstored,
@@ -116,8 +116,7 @@ class Bench:
         elapsed, (made,) = self.plain.create(params)
         self.rows.setdefault(row, []).append(elapsed)
         steps = self.steps.setdefault(row, {})
-        # For a cold one somebody waits for all of them.
-        for step in made["profile"]["steps"] if row == "cold" else executed(made):
+        for step in awaited(made, cold=row == "cold"):
             steps.setdefault(step["name"], []).append(step["ms"])
 
     def end(self) -> None:

@@ -40,8 +40,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dom0 import TREE, connect, runs_xenstored, start_chaosd, start_daemons
-from figures import clock, fit, ratio, spawn, summary
+from dom0 import TREE, awaited, connect, runs_xenstored, start_chaosd, start_daemons
+from figures import clock, fit, medians, ratio, spawn, summary
 
 from chaos import builder, image
 from chaos.host import Host
@@ -178,9 +178,8 @@ class Bench:
         create = partial(chaos.create, self.config(size), settings, name=f"size{self.number}")
         self._add(row, size, clock(lambda: made.append(create())))
         steps = self.steps.setdefault(row, {}).setdefault(size, {})
-        for step in made[0]["profile"]["steps"]:
-            if row == "cold" or step["phase"] == "execute":
-                steps.setdefault(step["name"], []).append(step["ms"])
+        for step in awaited(made[0], cold=row == "cold"):
+            steps.setdefault(step["name"], []).append(step["ms"])
         chaos.destroy_all()
 
     def sample(self, chaos: Chaos, *, with_xl: bool) -> None:
@@ -275,10 +274,7 @@ def result(bench: Bench) -> dict[str, Any]:
             if row != "spawn"
         },
         "steps": {
-            row: {
-                str(size): {step: summary(times)["median_ms"] for step, times in steps.items()}
-                for size, steps in by_size.items()
-            }
+            row: {str(size): steps for size, steps in medians(by_size).items()}
             for row, by_size in bench.steps.items()
         },
         "parts": _summaries(bench.parts),
