@@ -104,10 +104,11 @@ ENDS = ("returned", "ready", "ping")
 GUESTS = {0: "hello", 1: "daytime"}
 """Whom a create makes, by the number of vifs."""
 ADDRESS, MAC = "10.77.0.9", "00:16:3e:77:00:09"
+PINGED = f"vif=['bridge=xenbr0,mac={MAC},ip={ADDRESS}/16']"
 PING_SECONDS = 0.004
 WARM_UP = 2  # the first creates run code that the emulator has not translated yet
 QUICK = {"count": 9, "every": 3, "at_once": 0, "guests": [20], "beside": 7, "xl_guests": 0}
-FULL = {"count": 12, "every": 3, "at_once": 2, "guests": [100, 1000], "beside": 7, "xl_guests": 40}
+FULL = {"count": 12, "every": 3, "at_once": 2, "guests": [100, 1000], "beside": 7, "xl_guests": 100}
 READY_SECONDS = 60.0
 
 
@@ -253,7 +254,7 @@ class Comparison:
         """One create by chaosd's socket, to one of the ends."""
         self.rest()
         name = self._name()
-        more = [f"vif=['bridge=xenbr0,mac={MAC},ip={ADDRESS}/16']"] if end == "ping" else []
+        more = [PINGED] if end == "ping" else []
         ready = READY_SECONDS if end == "ready" else 0
         request = self._request(name, vifs, MEMORY[who], *more, ready=ready)
         with self._gone(name):
@@ -297,6 +298,15 @@ class Comparison:
         self._add(f"{who}/{vifs}vif/returned", (returned - start) / 1e6, at_once)
         self._add(f"{who}/{vifs}vif/ready", (ready - start) / 1e6, at_once)
 
+    def command_to_ping(self) -> None:
+        """The command `chaos create`, warm, until its guest answered a ping."""
+        self.rest()
+        name = self._name()
+        command = ("chaos", "create", "-q", self._configs[1], f'name="{name}"', PINGED)
+        with self._gone(name):
+            elapsed = clock(partial(spawn, *command)) + clock(self._pinger.until_answered)
+        self._add("command/1vif/ping", elapsed)
+
     def containers(self, at_once: int = 1) -> None:
         """A container of each runtime, to its end."""
         for name in self._containers.runtimes:
@@ -339,7 +349,9 @@ class Comparison:
         """One sample of each of the other rows that need no xl."""
         self.ask("warm", 1, "ping")
         self.ask("generic", 0, "ready")
-        self.ask("generic", 1, "ready")
+        for end in ("ready", "ping"):
+            self.ask("generic", 1, end)
+        self.command_to_ping()
         self.ask("cold", 0, "ready")
         for end in ENDS:
             self.ask("cold", 1, end)
@@ -365,11 +377,13 @@ class Comparison:
         """One sample of each row that is measured again beside running guests."""
         for who, vifs, end in (
             ("warm", 0, "returned"), ("warm", 0, "ready"), ("warm", 1, "returned"),
-            ("generic", 0, "returned"), ("cold", 0, "returned"),
+            ("generic", 0, "returned"), ("cold", 0, "returned"), ("cold", 1, "returned"),
         ):  # fmt: skip
             self.process()
             self.ask(who, vifs, end)
-        self.command("command", 0)
+        for vifs in (0, 1):
+            self.process()
+            self.command("command", vifs)
 
     # More and more guests
 
@@ -449,10 +463,12 @@ def among_many(bench: Comparison, args: argparse.Namespace, told: Callable[[str]
     for level in args.guests:
         bench.grow(level)
         told(f"{level} guests run")
-        for _ in range(args.beside):
+        for number in range(args.beside):
             bench.beside()
             if not args.quick:
                 bench.containers()
+            if bench.with_xl and not args.quick and not number % args.every:
+                bench.xl()
         told(f"beside {level} guests")
     if bench.with_xl and args.xl_guests:
         bench.chaos.destroy_all()

@@ -59,12 +59,13 @@ XENSTORED = {"xenstored": True}
 ROOMY = {"memory": 8 * GIB, "dom0_memory": 2 * GIB}
 HUGE = {"memory": 17 * GIB, "dom0_memory": 3 * GIB}
 PARTS = (
-    Part("xenstored", "python3 bench/compare.py --guests 20 --guests 100", 900, XENSTORED),
+    Part("xenstored", "python3 bench/compare.py --guests 20 --guests 100 --guests 1000", 2400,
+         {**XENSTORED, **ROOMY}),
     Part("profile", "chaos profile --cold --against xl -n 10 --json -q examples/hello.cfg", 200,
          XENSTORED),
-    Part("sizes", "python3 bench/sizes.py", 900,
+    Part("sizes", "python3 bench/sizes.py", 1200,
          {**XENSTORED, "memory": 5 * GIB, "dom0_memory": 2 * GIB}),
-    Part("noxs", "python3 bench/compare.py --guests 100 --guests 1000", 900, ROOMY),
+    Part("noxs", "python3 bench/compare.py --guests 100 --guests 1000", 1800, ROOMY),
     Part("density", "python3 bench/density.py --leave", 5400, HUGE),
 )  # fmt: skip
 QUICK = Part("xenstored", "python3 bench/compare.py --quick", 400, XENSTORED)
