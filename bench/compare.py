@@ -27,7 +27,8 @@ and the ends:
 - ``ping``      the guest has answered the first ping; one is sent every few milliseconds
 
 ``growth`` has the creates between: pairs of how many guests ran before, and milliseconds.
-``categories`` has what the daemon's steps of ``returned`` took, by LightVM's categories.
+``categories`` has what ``returned`` took, by LightVM's categories: the daemon's steps, and as the
+toolstack's what was besides, the request and the reply.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ PINGED = f"vif=['bridge=xenbr0,mac={MAC},ip={ADDRESS}/16']"
 PING_SECONDS = 0.004
 WARM_UP = 2  # the first creates run code that the emulator has not translated yet
 QUICK = {"count": 9, "every": 3, "at_once": 0, "guests": [20], "beside": 7, "xl_guests": 0}
-FULL = {"count": 12, "every": 3, "at_once": 2, "guests": [100, 1000], "beside": 7, "xl_guests": 100}
+FULL = {"count": 12, "every": 3, "at_once": 3, "guests": [100, 1000], "beside": 7, "xl_guests": 100}
 READY_SECONDS = 60.0
 
 
@@ -268,17 +269,19 @@ class Comparison:
             sums: dict[str, float] = {}
             for step in awaited(made, cold=who == "cold"):
                 sums[step["category"]] = sums.get(step["category"], 0.0) + step["ms"]
+            # As profiling.categories has it: what is in no step is the toolstack's.
+            sums["toolstack"] = sums.get("toolstack", 0.0) + max(0.0, elapsed - sum(sums.values()))
             sums = {name: round(total, 4) for name, total in sums.items()}
             self.categories.setdefault(f"{who}/{vifs}vif", []).append(sums)
 
-    def ask_at_once(self, vifs: int) -> None:
-        """Several creates by chaosd's socket, warm."""
+    def ask_at_once(self, who: str, vifs: int) -> None:
+        """Several creates by chaosd's socket."""
         self.rest()
         names = [self._name() for _ in range(AT_ONCE)]
-        requests = [self._request(name, vifs, MEMORY["warm"]) for name in names]
+        requests = [self._request(name, vifs, MEMORY[who]) for name in names]
         with self._gone(*names):
             elapsed, _ = self._asker.create(*requests)
-        self._add(f"warm/{vifs}vif/returned", elapsed, AT_ONCE)
+        self._add(f"{who}/{vifs}vif/returned", elapsed, AT_ONCE)
 
     def command(self, who: str, vifs: int, at_once: int = 1) -> None:
         """The commands of chaos and of xl: until they returned, and until the guests slept."""
@@ -311,11 +314,13 @@ class Comparison:
         """A container of each runtime, to its end."""
         for name in self._containers.runtimes:
             commands = [self._containers.command(name) for _ in range(at_once)]
+            self.rest()
             self._add(f"{name}/returned", clock(partial(spawn_all, *commands)), at_once)
 
     def processes(self, at_once: int = 1) -> None:
         """Processes, by posix_spawn, to their end."""
         for name, argv in (("spawn", ("/bin/true",)), ("python", ("python3", "-c", "pass"))):
+            self.rest()
             self._add(f"{name}/returned", clock(partial(spawn_all, *[argv] * at_once)), at_once)
 
     def refill(self, vifs: int) -> None:
@@ -366,10 +371,11 @@ class Comparison:
     def at_once(self) -> None:
         """One sample of each row of several at once."""
         for vifs in (0, 1):
-            self.ask_at_once(vifs)
+            for who in ("warm", "cold"):
+                self.ask_at_once(who, vifs)
             self.command("command", vifs, AT_ONCE)
-        if self.with_xl:
-            self.command("xl", 0, AT_ONCE)
+            if self.with_xl:
+                self.command("xl", vifs, AT_ONCE)
         self.containers(AT_ONCE)
         self.processes(AT_ONCE)
 
@@ -387,19 +393,28 @@ class Comparison:
 
     # More and more guests
 
-    def grow(self, to: int, tool: str = "warm") -> None:
-        """Have more guests run, made one by one, and timed."""
-        found = self.growth.setdefault(tool, [])
+    def grow(self, to: int) -> None:
+        """Have more guests run, made one by one, each timed, from a pool that is full."""
         while self.guests < to:
-            name = self._name()
-            if tool == "warm":
-                self.fill()
-                elapsed, _ = self._asker.create(self._request(name, 0, MEMORY["warm"]))
-            else:
+            self.fill()
+            elapsed, _ = self._asker.create(self._request(self._name(), 0, MEMORY["warm"]))
+            self._grown("warm", elapsed)
+
+    @contextlib.contextmanager
+    def grown_by_xl(self, to: int) -> Iterator[None]:
+        """The same, by xl; they are gone afterwards."""
+        with contextlib.ExitStack() as stack:
+            while self.guests < to:
+                name = self._name()
                 command = ("xl", "create", "-q", self._configs[0], f'name="{name}"')
                 elapsed = clock(partial(spawn, *command))
-            found.append((self.guests, round(elapsed, 4)))
-            self.guests += 1
+                stack.callback(spawn, "xl", "destroy", name)
+                self._grown("xl", elapsed)
+            yield
+
+    def _grown(self, tool: str, elapsed: float) -> None:
+        self.growth.setdefault(tool, []).append((self.guests, round(elapsed, 4)))
+        self.guests += 1
 
 
 def say(what: str) -> None:
@@ -473,8 +488,8 @@ def among_many(bench: Comparison, args: argparse.Namespace, told: Callable[[str]
     if bench.with_xl and args.xl_guests:
         bench.chaos.destroy_all()
         bench.guests = 0
-        bench.grow(args.xl_guests, "xl")
-        told(f"{args.xl_guests} guests of xl run")
+        with bench.grown_by_xl(args.xl_guests):
+            told(f"{args.xl_guests} guests of xl run")
 
 
 def _options() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import statistics
@@ -39,12 +40,12 @@ def clock(action: Callable[[], object]) -> float:
 
 
 def summary(samples: list[float]) -> dict[str, float]:
-    """Count, median, p99 and minimum of milliseconds."""
+    """Count, median, p99 (nearest rank) and minimum of milliseconds."""
     ordered = sorted(samples)
     return {
         "count": len(ordered),
         "median_ms": statistics.median(ordered),
-        "p99_ms": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
+        "p99_ms": ordered[math.ceil(0.99 * len(ordered)) - 1],
         "min_ms": ordered[0],
     }
 

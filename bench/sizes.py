@@ -17,7 +17,7 @@ what grows is the image alone. Prints JSON. ``rows`` has, for each size in bytes
 
 ``fits`` are straight lines through the medians: ``ms_per_mib``, ``base_ms`` for an image of no
 size, and ``r2``, the share of the variance that the line explains. ``over_spawn`` are the medians
-by those of ``spawn``. ``steps`` are medians of the daemon's steps for a create of the row.
+by that of all of ``spawn``. ``steps`` are medians of the daemon's steps for a create of the row.
 
 ``parts`` says where the slope comes from. The same image is loaded in this process, each call of
 libxenguest's timed (``load:...``; ``populate`` gives the domain its memory), and beside it what
@@ -40,7 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dom0 import TREE, awaited, connect, runs_xenstored, start_chaosd, start_daemons
+from dom0 import TREE, awaited, connect, rest, runs_xenstored, start_chaosd, start_daemons
 from figures import clock, fit, medians, ratio, spawn, summary
 
 from chaos import builder, image
@@ -172,6 +172,7 @@ class Bench:
 
     def _create(self, chaos: Chaos, row: str, size: int, more: int) -> None:
         chaos.pool_wait()
+        rest()
         self.number += 1
         made: list[Any] = []
         settings = [f"memory={self.memory + more}"] if more else []
@@ -188,10 +189,12 @@ class Bench:
             for row, more in (("warm", WARM), ("generic", GENERIC), ("cold", COLD)):
                 self._create(chaos, row, size, more)
             chaos.pool_wait()
+            rest()
             if with_xl:
                 command = ("xl", "create", "-q", str(self.config(size)))
                 self._add("xl", size, clock(partial(spawn, *command)))
                 spawn("xl", "destroy", label(size))
+                rest()
             self._add("spawn", size, clock(lambda: spawn("/bin/true")))
 
     def take_apart(self, host: Host) -> None:
@@ -263,13 +266,13 @@ def _fits(rows: Rows) -> dict[str, Any]:
 
 def result(bench: Bench) -> dict[str, Any]:
     """Everything, as plain values."""
-    spawned = bench.rows["spawn"]
+    spawned = [took for times in bench.rows["spawn"].values() for took in times]
     return {
         "memory_mib": bench.memory,
         "rows": _summaries(bench.rows),
         "fits": _fits(bench.rows),
         "over_spawn": {
-            row: {str(size): ratio(times, spawned[size]) for size, times in by_size.items()}
+            row: {str(size): ratio(times, spawned) for size, times in by_size.items()}
             for row, by_size in bench.rows.items()
             if row != "spawn"
         },

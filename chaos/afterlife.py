@@ -54,16 +54,16 @@ def successor(config: DomainConfig, record: Record) -> DomainConfig:
     return replace(config, name=record.name, vifs=vifs)
 
 
-def set_aside(host: Host, names: Registry, uuid: str) -> str:
+def set_aside(host: Host, names: Registry, uuid: str, domid: int) -> str:
     """Keep a dead domain under another name and UUID, which is returned.
 
     Its devices and its store are its successor's. Whatever its end was, it is preserved from now
-    on. Raises StateError if it is gone; what it did before another error does no harm when it is
-    called again.
+    on. Raises StateError if it is gone, whoever has its UUID then; what it did before another error
+    does no harm when it is called again.
     """
     with names.owning(uuid) as entry:
         record = names.read(uuid)
-        if record is None:
+        if record is None or record.domid != domid:
             raise StateError(f"domain {uuid} is gone")
         if record.macs or record.disks or record.store:
             for take in strip(host, record.domid, record):

@@ -1,10 +1,10 @@
 """What a create asks of the hypervisor and of the kernel, counted by tracing the whole host.
 
 Counted are: hypercalls that programs make through privcmd, with their time (their names are those
-of the public headers); frames of guests that they map; requests of Dom0's kernel to the bus;
-system calls, by process and by kind; processes forked and programs run. What Dom0's kernel asks
-of the hypervisor for itself, or for a driver's ioctl (event channels, grants), is not a program's
-hypercall: those stand as ioctls.
+of the public headers); frames of guests that they map; requests to the bus, as its server counts
+them, and those of Dom0's kernel among them; system calls, by process and by kind; processes forked
+and programs run. What Dom0's kernel asks of the hypervisor for itself, or for a driver's ioctl
+(event channels, grants), is not a program's hypercall: those stand as ioctls.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from chaos import buscount
 from chaos.tracefs import probes, tracer
 from xenctypes.errors import ChaosError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     Counts = dict[str, Any]
 
@@ -125,8 +126,8 @@ FIELDS = re.compile(r"(\w+)=(\w+)")
 UNKNOWN = "<...>"  # the kernel has forgotten the thread's name
 
 
-def count(lines: Iterable[str]) -> Counts:
-    """The counts of a trace, from its text. Pure."""
+def count(lines: Iterable[str], requests: Mapping[str, int] | None = None) -> Counts:
+    """The counts of a trace, from its text, and those of the bus's server. Pure."""
     calls: dict[str, list[int]] = {}
     begun: dict[str, tuple[str, int]] = {}
     processes: dict[str, Counter[str]] = {}
@@ -168,6 +169,8 @@ def count(lines: Iterable[str]) -> Counts:
         ],
         "hypercalls_total": sum(number for number, _ in calls.values()),
         "frames_mapped": totals["mapped"],
+        "bus_requests": None if requests is None else dict(Counter(requests).most_common()),
+        "bus_requests_total": None if requests is None else sum(requests.values()),
         "kernel_bus_requests": totals["bus"],
         "forks": totals["forks"],
         "programs": dict(programs.most_common()),
@@ -199,6 +202,14 @@ def _frames(values: dict[str, int]) -> int:
     return values["d"] if values["command"] == MAP_RESOURCE else 0
 
 
+def _probed(stack: contextlib.ExitStack, function: str) -> bool:
+    """Count the calls of a function of the kernel's bus, if it has one of that name."""
+    with contextlib.suppress(ChaosError):
+        stack.enter_context(probes([f"p:{GROUP}/bus {function}"]))
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def counter() -> Iterator[tuple[Callable[[], contextlib.AbstractContextManager[None]], Counts]]:
     """Yield a function and a dict: what happens within the function's contexts is counted there.
@@ -208,23 +219,23 @@ def counter() -> Iterator[tuple[Callable[[], contextlib.AbstractContextManager[N
     with contextlib.ExitStack() as stack:
         stack.enter_context(probes(PROBES))
         events = [*EVENTS, f"{GROUP}:*"]
-        for function in BUS_FUNCTIONS:
-            with contextlib.suppress(ChaosError):
-                stack.enter_context(probes([f"p:{GROUP}/bus {function}"]))
-                break
+        has_kernel = any(_probed(stack, function) for function in BUS_FUNCTIONS)
         found = stack.enter_context(tracer(events, BUFFER_KB))
         counts: Counts = {}
 
         @contextlib.contextmanager
         def watched() -> Iterator[None]:
-            found.write("trace", "")
-            found.switch(on=True)
-            try:
-                yield
-            finally:
-                found.switch(on=False)
+            with buscount.counted() as bus:
+                found.write("trace", "")
+                found.switch(on=True)
+                try:
+                    yield
+                finally:
+                    found.switch(on=False)
             if lost := found.lost():
                 raise ChaosError(f"{lost} events did not fit the kernel's buffers")
-            counts.update(count(found.lines()))
+            counts.update(count(found.lines(), bus.requests))
+            if not has_kernel:
+                counts["kernel_bus_requests"] = None
 
         yield watched, counts

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 TOTALS = (
     ("hypercalls of programs", "hypercalls_total"),
     ("guest frames mapped", "frames_mapped"),
-    ("the kernel's requests to the bus", "kernel_bus_requests"),
+    ("requests to the bus", "bus_requests_total"),
+    ("  of them the kernel's", "kernel_bus_requests"),
     ("system calls", "system_calls_total"),
     ("processes and threads forked", "forks"),
 )
@@ -30,7 +31,7 @@ def lines(found: Mapping[str, Counts]) -> list[str]:
 
 def _rows(every: Sequence[Counts]) -> Iterator[tuple[str, ...]]:
     for text, key in TOTALS:
-        yield text, *(str(counts[key]) for counts in every)
+        yield text, *("-" if counts[key] is None else str(counts[key]) for counts in every)
     yield ("",) * (len(every) + 1)
     yield "HYPERCALLS (number, ms)", *("" for _ in every)
     calls = [{row["name"]: row for row in counts["hypercalls"]} for counts in every]
@@ -42,22 +43,22 @@ def _rows(every: Sequence[Counts]) -> Iterator[tuple[str, ...]]:
                 for rows in calls
             ),
         )
+    yield from _section("REQUESTS TO THE BUS", [counts["bus_requests"] or {} for counts in every])
+    processes = [counts["system_calls"] for counts in every]
+    totals = [{name: sum(kinds.values()) for name, kinds in each.items()} for each in processes]
+    yield from _section("SYSTEM CALLS, by process", totals)
+    yield from _section("SYSTEM CALLS, by kind", [_by_kind(each) for each in processes])
+    yield from _section("PROGRAMS RUN", [counts["programs"] for counts in every])
+
+
+def _section(title: str, every: Sequence[Mapping[str, int]]) -> Iterator[tuple[str, ...]]:
+    """An empty line, a title and a line for each name; nothing where there are no names."""
+    if not any(every):
+        return
     yield ("",) * (len(every) + 1)
-    yield "SYSTEM CALLS, by process", *("" for _ in every)
-    calls = [counts["system_calls"] for counts in every]
-    for name in _names(calls):
-        yield name, *(str(sum(kinds[name].values())) if name in kinds else "-" for kinds in calls)
-    yield ("",) * (len(every) + 1)
-    yield "SYSTEM CALLS, by kind", *("" for _ in every)
-    sums = [_by_kind(kinds) for kinds in calls]
-    for name in _names(sums):
-        yield name, *(str(kinds.get(name, "-")) for kinds in sums)
-    if any(counts["programs"] for counts in every):
-        yield ("",) * (len(every) + 1)
-        yield "PROGRAMS RUN", *("" for _ in every)
-        runs = [counts["programs"] for counts in every]
-        for name in _names(runs):
-            yield name, *(str(programs.get(name, "-")) for programs in runs)
+    yield title, *("" for _ in every)
+    for name in _names(every):
+        yield name, *(str(found.get(name, "-")) for found in every)
 
 
 def _names(every: Sequence[Mapping[str, Any]]) -> list[str]:

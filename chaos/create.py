@@ -420,12 +420,15 @@ def _forget_vifs(creation: Creation) -> None:
         creation.vifs = []
 
 
-def _connect_vifs(creation: Creation) -> None:
+def _announce_vifs(creation: Creation) -> None:
     if creation.vifs:
         creation.connecting = True
-        creation.vifs = vif.connect(
-            creation.host.bus, creation.domid, creation.config.name, creation.vifs
-        )
+        vif.announce(creation.host.bus, creation.domid, creation.config.name, creation.vifs)
+
+
+def _connect_vifs(creation: Creation) -> None:
+    if creation.vifs:
+        creation.vifs = vif.connect(creation.host.bus, creation.domid, creation.vifs)
 
 
 def _disconnect_vifs(creation: Creation) -> None:
@@ -461,9 +464,14 @@ def _forget_disks(creation: Creation) -> None:
         creation.disks = []
 
 
-def _connect_disks(creation: Creation) -> None:
+def _announce_disks(creation: Creation) -> None:
     if creation.disks:
         creation.connecting_disks = True
+        disk.announce(creation.host.bus, creation.domid, creation.disks)
+
+
+def _connect_disks(creation: Creation) -> None:
+    if creation.disks:
         creation.disks = disk.connect(creation.host.bus, creation.domid, creation.disks)
 
 
@@ -589,9 +597,11 @@ CREATE_STEPS: tuple[Step[Creation], ...] = (
     Step("open channels", PREPARE, HYPERVISOR, _open_channels),
     Step("bind channel", PREPARE, HYPERVISOR, _bind_store, _unbind_store),
     Step("prepare vifs", PREPARE, DEVICES, _prepare_vifs, _forget_vifs),
-    Step("connect vifs", PREPARE, BUS, _connect_vifs, _disconnect_vifs),
+    Step("announce vifs", PREPARE, BUS, _announce_vifs, _disconnect_vifs),
+    Step("connect vifs", PREPARE, DEVICES, _connect_vifs),
     Step("prepare disks", PREPARE, DEVICES, _prepare_disks, _forget_disks),
-    Step("connect disks", PREPARE, BUS, _connect_disks, _disconnect_disks),
+    Step("announce disks", PREPARE, BUS, _announce_disks, _disconnect_disks),
+    Step("connect disks", PREPARE, DEVICES, _connect_disks),
     Step("load image", EXECUTE, IMAGE, _load),
     Step("write page", EXECUTE, TOOLSTACK, _write_page, _close_page),
     Step("open store", EXECUTE, BUS, _open_store, _close_store),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,10 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
 
 
 def _take(names: Registry, entry: Entry, domain: Domain) -> Record | None:
-    """Lock a domain for its end and write that down; None if another ended it while we waited."""
+    """Lock a domain for its end and write that down; None if another has ended it.
+
+    Its UUID may be another domain's since.
+    """
     ended_by_another = False
     while True:
         with names.locked():  # the daemon may be writing the record too
@@ -58,10 +62,19 @@ def _take(names: Registry, entry: Entry, domain: Domain) -> Record | None:
                 return None
             if entry.lock(wait=False):
                 record = names.read(domain.uuid) or registry.Record(domain.uuid, domain.name)
+                if _is_of_another(record, domain):
+                    return None
                 record.state = registry.ENDING  # whoever finds it so, nobody at work on it, goes on
-                entry.write(record)
+                try:
+                    entry.write(record)
+                except OSError as error:
+                    # Only a reaper needs the mark, and what destroys makes room.
+                    if error.errno != errno.ENOSPC:
+                        raise
                 return record
             other = names.read(domain.uuid)
+            if other is not None and _is_of_another(other, domain):
+                return None
             if other is None or other.state != registry.ENDING:
                 raise StateError(
                     f'domain "{domain.name}" is being created or changed', hint="wait for it"
@@ -70,6 +83,13 @@ def _take(names: Registry, entry: Entry, domain: Domain) -> Record | None:
         with contextlib.suppress(StateError):  # gone already
             entry.lock(wait=True)  # without the registry's, which whoever ends it needs
             entry.close()
+
+
+def _is_of_another(record: Record, domain: Domain) -> bool:
+    """Whether a record is not of this domain, but of one that has its UUID since."""
+    if record.state == registry.SHELL:  # which may not say its domid
+        return not domain.is_shell
+    return record.domid > 0 and record.domid != domain.domid
 
 
 def end(host: Host, info: DomainInfo, record: Record) -> None:

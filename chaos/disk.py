@@ -323,12 +323,8 @@ def nodes(domid: int, disk: PreparedDisk) -> list[tuple[str, str | int]]:
     ]
 
 
-def connect(bus: Bus, domid: int, disks: Sequence[PreparedDisk]) -> list[PreparedDisk]:
-    """Write the nodes of ``disks`` and wait until blkback has connected them all.
-
-    Returns them with what it offers. Raises DeviceError with what xendevd or blkback gave as the
-    reason.
-    """
+def announce(bus: Bus, domid: int, disks: Sequence[PreparedDisk]) -> None:
+    """Write the nodes of ``disks``, for xendevd and blkback to see."""
     disconnect_all(bus, domid)  # a domid comes round again: nothing of its last owner may count
     pairs = [pair for disk in disks for pair in nodes(domid, disk)]
     written = f"{backend_path(domid, KIND, disks[0].config.devid)}/frontend-id"
@@ -339,6 +335,14 @@ def connect(bus: Bus, domid: int, disks: Sequence[PreparedDisk]) -> list[Prepare
             tx.write_many(pairs)
 
     bus.transact(write, repeatable=True)
+
+
+def connect(bus: Bus, domid: int, disks: Sequence[PreparedDisk]) -> list[PreparedDisk]:
+    """Wait until blkback has connected all of ``disks``, which were announced.
+
+    Returns them with what it offers. Raises DeviceError with what xendevd or blkback gave as the
+    reason.
+    """
     configs = [disk.config for disk in disks]
     await_progress(bus, domid, configs, connected=True)
     return [disk._replace(offers=_offers(bus, domid, disk.config.devid)) for disk in disks]

@@ -55,7 +55,7 @@ def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
                 return 0
             if action == "rename-restart":
                 with held():  # half of it would leave a name
-                    afterlife.set_aside(call.host, call.names, uuid)
+                    afterlife.set_aside(call.host, call.names, uuid, info.domid)
             else:
                 destroy(call.host, call.names, find(call.host, call.names, uuid))
                 if action == "destroy":

@@ -179,14 +179,17 @@ def adopt_image(fd: int, path: str, *, ramdisk: bool = False) -> OpenImage:
 
 
 def digest(images: Iterable[OpenImage]) -> bytes:
-    """SHA-256 of the contents of images, one after the other, with their sizes. Raises OSError."""
+    """SHA-256 of the contents of images, one after the other, with their sizes. Raises OSError.
+
+    What a file has grown by since it was opened is not read.
+    """
     import hashlib
 
     found = hashlib.sha256()
     for each in images:
         found.update(each.size.to_bytes(8, "little"))
         offset = 0
-        while chunk := os.pread(each.fd, 1 << 20, offset):
+        while chunk := os.pread(each.fd, min(1 << 20, each.size - offset), offset):
             found.update(chunk)
             offset += len(chunk)
     return found.digest()

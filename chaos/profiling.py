@@ -8,6 +8,7 @@ categories are those of LightVM's Figure 5, and "guest boot", from unpause to th
 from __future__ import annotations
 
 import math
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from chaos.steps import BUS, CONFIG, DEVICES, EXECUTE, HYPERVISOR, IMAGE, PREPARE, TOOLSTACK
@@ -32,15 +33,11 @@ TRACKS = {
 }
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least ``share`` of all do not exceed (nearest rank)."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and p99 of milliseconds."""
-    return {"median_ms": quantile(values, 0.5), "p99_ms": quantile(values, 0.99)}
+    """Median and p99 of milliseconds; the latter is what 99 % do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
+    return {"median_ms": statistics.median(ordered), "p99_ms": p99}
 
 
 def rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -48,9 +45,11 @@ def rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for sample in samples:
         first: dict[str, int] = {}
+        for step in sample["profile"]["steps"]:
+            first[step["phase"]] = min(first.get(step["phase"], step["start_ns"]), step["start_ns"])
         for step in (*sample["profile"]["steps"], *_boot(sample)):
             phase = EXECUTE if step["phase"] == BOOT else step["phase"]
-            start = step["start_ns"] - first.setdefault(phase, step["start_ns"])
+            start = step["start_ns"] - first[phase]
             row = found.setdefault(
                 (phase, step["name"]),
                 {"name": step["name"], "phase": phase, "category": step["category"],
@@ -63,7 +62,7 @@ def rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             "name": row["name"],
             "phase": row["phase"],
             "category": row["category"],
-            "start_ms": quantile(row["starts"], 0.5),
+            "start_ms": statistics.median(row["starts"]),
             **spread(row["times"]),
         }
         for row in sorted(found.values(), key=lambda row: row["phase"] == EXECUTE)
@@ -81,13 +80,21 @@ def _boot(sample: Sample) -> list[dict[str, Any]]:
 
 
 def categories(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Of each category that took part, the time of one create while somebody waited for it."""
+    """Of each category that took part, the time of one create while somebody waited for it.
+
+    What the caller waited besides is the toolstack's: the request, its reading, and the reply.
+    """
     found: dict[str, list[float]] = {}
     for sample in samples:
         sums: dict[str, float] = {}
-        for step in (*sample["profile"]["steps"], *_boot(sample)):
+        for step in sample["profile"]["steps"]:
             if step["phase"] != PREPARE or sample["source"] == "cold":
                 sums[step["category"]] = sums.get(step["category"], 0.0) + step["ms"]
+        if "logged_ms" not in sample:  # of what a log tells, all is in a step
+            besides = sample["caller_ms"] - sum(sums.values())
+            sums[TOOLSTACK] = sums.get(TOOLSTACK, 0.0) + max(0.0, besides)
+        for step in _boot(sample):
+            sums[BOOT] = step["ms"]
         for category, total in sums.items():
             found.setdefault(category, []).append(total)
     return {name: spread(found[name]) for name in CATEGORIES if name in found}
@@ -112,13 +119,15 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def against(samples: Sequence[Sample], shown: dict[str, Any]) -> dict[str, Any]:
-    """What is shown of another toolstack's samples beside ``shown``, a summary of our own."""
+def against(samples: Sequence[Sample], commands: Sequence[float]) -> dict[str, Any]:
+    """What is shown of another toolstack's samples, beside our own command's milliseconds."""
     times = spread([sample["caller_ms"] for sample in samples])
+    command = spread(commands)
     return {
         "toolstack": samples[0]["source"],
         **times,
-        "ratio": times["median_ms"] / shown["caller"]["median_ms"],
+        "command": command,
+        "ratio": times["median_ms"] / command["median_ms"],
         "logged": spread([sample["logged_ms"] for sample in samples]),
         "steps": rows(samples),
         "categories": categories(samples),

@@ -513,7 +513,7 @@ def name_taken(name: str) -> StateError:
 def _read_link(path: str) -> str | None:
     try:
         return os.readlink(path)
-    except OSError:
+    except (OSError, ValueError):  # the latter: what is no path, such as a name with a NUL
         return None
 
 

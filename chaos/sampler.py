@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chaos import config as configuration
 from chaos import xllog
 from chaos.cli import NO_DAEMON
 from chaos.signals import held
+from chaos.steps import CONFIG, EXECUTE, Timing
 from xenctypes.errors import ChaosError, NoDaemon, StateError
 
 if TYPE_CHECKING:
@@ -24,13 +29,23 @@ if TYPE_CHECKING:
     Sample = dict[str, Any]
     Sampler = Callable[..., Sample]
     """Takes a sample; ``around`` is entered for just as long as the create takes."""
+    Command = Callable[..., float]
+    """The milliseconds of a whole command that creates; ``around`` as above."""
 
 UNWATCHED = nullcontext()
 KEPT_FREE = 2  # shells of a flavour that is made for this
 
 
+class Own(NamedTuple):
+    """Chaos's creates: by what makes them alone, and by the command as its users run it."""
+
+    sample: Sampler
+    command: Command
+    shown: str
+
+
 @contextmanager
-def sampler(call: Invocation, config: DomainConfig, path: str) -> Iterator[Sampler]:
+def own(call: Invocation, config: DomainConfig, path: str) -> Iterator[Own]:
     """Chaos's: cold, generic or warm, as the command line wants."""
     kind = call.args.kind
     with ExitStack() as stack:
@@ -42,7 +57,7 @@ def sampler(call: Invocation, config: DomainConfig, path: str) -> Iterator[Sampl
                     raise
                 kind = "cold"
         if kind == "cold":
-            yield stack.enter_context(_cold(call, config))
+            yield stack.enter_context(_cold(call, config, path))
         else:
             yield stack.enter_context(_pooled(call, config, path, chaos, kind or "warm"))
 
@@ -55,18 +70,59 @@ def _daemon(call: Invocation) -> Chaos:
     return Chaos()
 
 
+def _command(call: Invocation, path: str, name: str, *options: str) -> Command:
+    """`chaos create`, a process of its own."""
+    program = shutil.which("chaos") or sys.argv[0]
+    words = [program, *options]
+
+    def command(around: AbstractContextManager[None] = UNWATCHED) -> float:
+        try:
+            with around:
+                start = perf_counter_ns()
+                settings = [*call.args.overrides, f'name="{name}"']
+                done = _quiet(*words, "create", "-q", path, *settings)
+                elapsed = perf_counter_ns() - start
+            if done.returncode:
+                raise ChaosError(f"chaos create failed: {done.stderr.strip()}")
+        finally:
+            with held():
+                _quiet(*words, "destroy", name)
+        return elapsed / 1e6
+
+    return command
+
+
+def _quiet(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+
+
 @contextmanager
-def _cold(call: Invocation, config: DomainConfig) -> Iterator[Sampler]:
+def _cold(call: Invocation, config: DomainConfig, path: str) -> Iterator[Own]:
     from chaos.builder import Builder
     from chaos.create import Creation, profile_json, wait_ready
 
     with Builder() as builder:
 
         def sample(around: AbstractContextManager[None] = UNWATCHED) -> Sample:
-            creation = Creation(config, call.host, builder, call.names)
+            creation = None
             try:
                 with around:
                     start = perf_counter_ns()
+                    read, _ = configuration.load(path, call.args.overrides)
+                    configuration.supported(read)
+                    wanted = replace(read, name=config.name, uuid=None)
+                    took = perf_counter_ns() - start
+                    creation = Creation(wanted, call.host, builder, call.names)
+                    creation.timings.append(
+                        Timing("read configuration", EXECUTE, CONFIG, start, took)
+                    )
                     creation.run()
                     elapsed = perf_counter_ns() - start
                 wait_ready(creation, call.args.ready_timeout)
@@ -74,18 +130,19 @@ def _cold(call: Invocation, config: DomainConfig) -> Iterator[Sampler]:
                 made |= {"caller_ms": elapsed / 1e6, "profile": profile_json(creation)}
             finally:
                 with held():
-                    left = creation.undo() if creation.domid >= 0 else []
+                    left = creation.undo() if creation and creation.domid >= 0 else []
             if left:
                 raise StateError("; ".join(left))
             return made
 
-        yield sample
+        command = _command(call, path, config.name, NO_DAEMON)
+        yield Own(sample, command, f"chaos {NO_DAEMON} create")
 
 
 @contextmanager
 def _pooled(
     call: Invocation, config: DomainConfig, path: str, chaos: Chaos, kind: str
-) -> Iterator[Sampler]:
+) -> Iterator[Own]:
     """From a flavour of its own, which goes in the end."""
     flavour = f"profile-{os.getpid()}"
     chaos.call("pool.add", flavour=_flavour(config, flavour, kind))
@@ -113,7 +170,13 @@ def _pooled(
                 )
             return made | {"caller_ms": elapsed / 1e6, "source": kind}
 
-        yield sample
+        whole = _command(call, path, config.name)
+
+        def command(around: AbstractContextManager[None] = UNWATCHED) -> float:
+            chaos.call("pool.wait", names=[flavour])
+            return whole(around)
+
+        yield Own(sample, command, "chaos create")
     finally:
         with held():
             chaos.call("pool.remove", name=flavour)
@@ -159,17 +222,22 @@ def _xl(
 ) -> tuple[int, int, list[tuple[int, str]]]:
     """A guest made by xl, and destroyed: when xl began and ended, and the lines it wrote."""
     command = ["xl", *verb, path, *overrides, f'name="{name}"']
+    status = None
     try:
         with around:
             start = perf_counter_ns()
             status, log = _run(command)
             end = perf_counter_ns()
     except FileNotFoundError as error:
+        status = error.errno
         raise ChaosError("xl is not installed", hint="profile without --against") from error
+    finally:
+        if not status:  # made, or interrupted while it was
+            with held():
+                done = _quiet("xl", "destroy", name)
     if status:
         last = log[-1][1] if log else "it does not say why"
         raise ChaosError(f"xl create failed: {last}", hint="xl needs a host with xenstored")
-    done = subprocess.run(["xl", "destroy", name], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ChaosError(f"xl destroy {name} failed: {done.stderr.strip()}")
     return start, end, log

@@ -50,19 +50,21 @@ def runs(lines: Iterable[str], wanted: Callable[[str], bool]) -> list[Run]:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[Callable[[], list[Run]]]:
+def recorded() -> Iterator[Callable[[], tuple[list[Run], int]]]:
     """Record all switches within; what is yielded ends the recording and gives the runs.
 
-    Those of threads that may take part in a create: of NAMES, and of our own. Raises ChaosError
-    where the kernel does not let us.
+    With them comes the number of events that found no room. The runs are those of threads that
+    may take part in a create: of NAMES, and of our own. Raises ChaosError where the kernel does
+    not let us.
     """
     with tracer(["sched:sched_switch"], BUFFER_KB) as found:
         found.switch(on=True)
 
-        def end() -> list[Run]:
+        def end() -> tuple[list[Run], int]:
             with open("/proc/self/comm", encoding="utf-8", errors="replace") as file:
                 own = file.read().rstrip("\n")
             found.switch(on=False)
-            return runs(found.lines(), lambda name: name == own or name.startswith(NAMES))
+            taken = runs(found.lines(), lambda name: name == own or name.startswith(NAMES))
+            return taken, found.lost()
 
         yield end

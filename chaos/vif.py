@@ -281,12 +281,8 @@ def check(config: VifConfig) -> None:
         )
 
 
-def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> list[PreparedVif]:
-    """Write the nodes of ``vifs`` and wait until netback has connected them all.
-
-    Returns them with the MTU that their interfaces got. Raises DeviceError with what xendevd or
-    netback gave as the reason.
-    """
+def announce(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> None:
+    """Write the nodes of ``vifs``, for xendevd and netback to see."""
     disconnect_all(bus, domid)  # a domid comes round again: nothing of its last owner may count
     pairs = [pair for vif in vifs for pair in nodes(domid, name, vif)]
     written = f"{backend_path(domid, vifs[0].config.devid)}/frontend-id"
@@ -297,6 +293,14 @@ def connect(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> lis
             tx.write_many(pairs)
 
     bus.transact(write, repeatable=True)
+
+
+def connect(bus: Bus, domid: int, vifs: Sequence[PreparedVif]) -> list[PreparedVif]:
+    """Wait until netback has connected all of ``vifs``, which were announced.
+
+    Returns them with the MTU that their interfaces got. Raises DeviceError with what xendevd or
+    netback gave as the reason.
+    """
     _await_all(bus, domid, [vif.config.devid for vif in vifs], _connected)
     deadline = time.monotonic() + FORWARD_TIMEOUT
     backend.wait_for(deadline, lambda: all(_forwards(domid, vif.config) for vif in vifs))

@@ -61,8 +61,7 @@ HUGE = {"memory": 17 * GIB, "dom0_memory": 3 * GIB}
 PARTS = (
     Part("xenstored", "python3 bench/compare.py --guests 20 --guests 100 --guests 1000", 2400,
          {**XENSTORED, **ROOMY}),
-    Part("profile", "chaos profile --cold --against xl -n 10 --json -q examples/hello.cfg", 200,
-         XENSTORED),
+    Part("profile", "python3 bench/breakdown.py", 900, {**XENSTORED, **ROOMY}),
     Part("sizes", "python3 bench/sizes.py", 1200,
          {**XENSTORED, "memory": 5 * GIB, "dom0_memory": 2 * GIB}),
     Part("noxs", "python3 bench/compare.py --guests 100 --guests 1000", 1800, ROOMY),
@@ -77,10 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.chdir(cache.TREE)
     if arguments.keep:
+        if arguments.quick or arguments.only or arguments.output:
+            parser.error("--keep measures nothing, and writes beside the file: not with --quick,"
+                         " --only or --output")  # fmt: skip
         return cli.guarded(lambda: _render(arguments.keep, arguments.keep.parent))
     if arguments.quick:
-        if arguments.only:
-            parser.error("--quick is one part: not with --only")
+        if arguments.only or arguments.output:
+            parser.error("--quick is one part and no report: not with --only or --output")
         return cli.guarded(lambda: _quick(arguments.debian))
     return cli.guarded(lambda: _full(arguments))
 

@@ -14,9 +14,17 @@ from typing import Any
 from chaos.plot import COLORS, pyplot
 from lab import cache
 from lab.errors import LabError
-from lab.figures import PROCESS, Comparison, Row, smooth
+from lab.figures import PAPER, PAPER_PROCESS_MS, PROCESS, Comparison, Row, smooth
 from lab.progress import say
-from lab.report import HOSTS, WHO, Parts, breakdown, comparisons, density_rounds
+from lab.report import (
+    HOSTS,
+    WHO,
+    Parts,
+    breakdown,
+    comparisons,
+    density_process,
+    density_rounds,
+)
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#000000")
 """Okabe and Ito's."""
@@ -130,7 +138,24 @@ def _growth(plt: Any, found: Mapping[str, Comparison]) -> Any:
                 lines.append((f"{WHO[who]}, {HOSTS[name]}", points))
     if not lines:
         return None
-    return _lines(plt, lines, "guests that run already")
+    return _lines(
+        plt,
+        lines,
+        "guests that run already",
+        y_label="one create, in multiples of a process beside none (medians)",
+        published=_published(),
+    )
+
+
+def _published() -> dict[str, list[tuple[float, float]]]:
+    """What the paper's text has of its figures 4 and 9, by toolstack: guests, multiples."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for claim in PAPER:
+        if claim.figure in {"4", "9"}:
+            name = claim.what.partition(",")[0]
+            point = (float(claim.row.guests), claim.ms / PAPER_PROCESS_MS)
+            found.setdefault(name, []).append(point)
+    return found
 
 
 def _lines(
@@ -141,6 +166,7 @@ def _lines(
     logarithmic_x: bool = False,
     logarithmic_y: bool = True,
     y_label: str = f"one create, in {MULTIPLES} (medians)",
+    published: Mapping[str, list[tuple[float, float]]] | None = None,
 ) -> Any:
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for number, (words, points) in enumerate(lines):
@@ -153,6 +179,16 @@ def _lines(
             linewidth=1.2,
             linestyle="-" if number < len(PALETTE) else "--",
             label=words.replace("`", ""),
+        )
+    for number, (words, points) in enumerate((published or {}).items()):
+        axes.scatter(
+            [x for x, _ in points],
+            [y for _, y in points],
+            marker=MARKS[number],
+            s=60,
+            facecolors="none",
+            edgecolors="black",
+            label=f"the paper's {words}",
         )
     if logarithmic_y:
         axes.set_yscale("log")
@@ -209,25 +245,23 @@ def _sizes(plt: Any, parts: Parts) -> Any:
 def _density(plt: Any, parts: Parts) -> Any:
     """LightVM's figure 10: as many guests as the machine holds."""
     lines = []
+    before = 0
+    process = density_process(parts)
+    if process is None:
+        return None
     for kind, rounds in density_rounds(parts).items():
-        process = next(
-            (each["calls"]["spawn"] for each in rounds if "spawn" in each.get("calls", {})), None
-        )
-        if process is None:
-            continue
-        spawned = [each for each in rounds if "spawn" in each.get("calls", {})]
+        spawned = [each for each in rounds if PROCESS in each.get("calls", {})]
         for words, points in (
             ("create", [(each["guests"], each["create"]["median_ms"]) for each in rounds]),
             ("a shell, made ahead", [(each["guests"], each["shell"]) for each in rounds]),
-            (A_PROCESS, [(each["guests"], each["calls"]["spawn"]) for each in spawned]),
+            (A_PROCESS, [(each["guests"], each["calls"][PROCESS]) for each in spawned]),
         ):
-            lines.append((f"{kind}: {words}", [(x, y / process) for x, y in points]))
-    if not lines:
-        return None
+            lines.append((f"{kind}: {words}", [(before + x, y / process) for x, y in points]))
+        before += rounds[-1]["guests"]
     return _lines(
         plt,
         lines,
-        "guests that run",
+        "guests that run, of all kinds",
         logarithmic_y=False,
-        y_label="one of them, in multiples of a process at the start (medians)",
+        y_label="one of them, in multiples of a process beside the first (medians)",
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from chaos.profiling import categories
 from lab import bounds
 from lab.bounds import Bound
 from lab.figures import (
@@ -61,6 +62,7 @@ what one of them takes of the time of one alone.
 BESIDE = """\
 Medians, and how many times what they are beside none.
 """
+KERNEL = "dom0_kernel"
 PUBLISHED = f"""\
 Manco et al., *My VM is Lighter (and Safer) than your Container*, SOSP 2017, on a real machine of
 its time. Its figures are set beside ours as multiples of a process, which takes
@@ -69,11 +71,18 @@ processes of which 1,000 are started one after the other; by that its multiples 
 Where its text gives a range or a round number we say "about"; nothing is read off its plots. Its
 toolstack is written in C; ours is in Python, whose start is what most of a command without the
 daemon takes, so that the daemon's own cold create is set beside the paper's.
+
+Here all are divided by a process beside no guests, as the paper's are. "Beside" are guests without
+a vif that chaos made, whoever makes the next one, unless the row says otherwise; the paper's are
+all of the kind whose next one is made.
 """
 BREAKDOWN = """\
 Figure 5, where a create's time goes: medians of each category, in multiples of a process, of what
-somebody waits for. Ours are what the daemon's steps take; xl's are from when the lines of its log
-come (`chaos profile --against xl`).
+somebody waits for. Of ours, what is in none of the daemon's steps (the request and the reply) is
+the toolstack's, and no client is in them; of a cold one all steps are there. xl's are told from
+when the lines of its log come (`chaos profile --against xl`), and scaled, for it takes longer when
+it writes one: their sum is about what `xl create` takes without. The paper has this figure's
+numbers only in the picture.
 """
 
 
@@ -228,6 +237,7 @@ def _made(name: str, comparison: Comparison) -> Iterator[str]:
                 f"{len(pairs)} guests made one after the other, {WHO[who]}, {HOSTS[name]}: the"
                 f" first tenth took {ms(ends[0])} each, the last tenth {ms(ends[1])},"
                 f" {times(ends[1] / ends[0])}."
+                + (" The pool was filled before each; that is not in the time." * (who == "warm"))
             )
 
 
@@ -259,6 +269,7 @@ def density_rounds(parts: Parts) -> dict[str, list[Any]]:
 
 def _density(parts: Parts) -> list[str]:
     lines = []
+    before = 0
     for kind, rounds in density_rounds(parts).items():
         columns = {
             "create, until the reply": [each["create"]["median_ms"] for each in rounds],
@@ -269,8 +280,11 @@ def _density(parts: Parts) -> list[str]:
         if spawned:
             columns[WHO[PROCESS]] = spawned
         rows = [(what, *_quarters(each)) for what, each in columns.items()]
+        made, step = rounds[-1]["guests"], rounds[0]["guests"]
+        beside = f" beside the {before:,}" if before else ""
+        before += made
         lines += [
-            f"{rounds[-1]['guests']:,} guests `{kind}`, in rounds of {rounds[0]['guests']}:",
+            f"{made:,} guests `{kind}`{beside}, in rounds of {step}:",
             "",
             *table(
                 ("", "first quarter of the rounds", "last quarter", ""),
@@ -282,10 +296,18 @@ def _density(parts: Parts) -> list[str]:
     result = parts["density"]["result"]
     for kind, shares in result["per_guest"].items():
         lines += [f"Memory of each guest `{kind}`, KiB:", ""]
-        lines += table(
-            [share.replace("_", " ") for share in shares],
-            [[f"{value:,.1f}" for value in shares.values()]],
+        of_kernel = [name for name in shares if name.startswith(f"{KERNEL}_")]
+        parts_of_it = ", ".join(
+            f"{name.removeprefix(f'{KERNEL}_').replace('_', ' ')} {shares[name]:,.1f}"
+            for name in of_kernel
         )
+        cells = {
+            name.replace("_", " "): f"{value:,.1f}"
+            + (f", of which {parts_of_it}" if name == KERNEL and parts_of_it else "")
+            for name, value in shares.items()
+            if name not in of_kernel
+        }
+        lines += table([*cells], [[*cells.values()]])
     if ping := result.get("ping"):
         lines += [f"{ping['answered']} of {ping['asked']} guests with a vif answered a ping.", ""]
     picture = "![Create time with up to thousands of guests](density)"
@@ -302,7 +324,7 @@ def _paper(found: Mapping[str, Comparison], parts: Parts) -> list[str]:
     rows = []
     for claim in PAPER:
         comparison = found.get(claim.host)
-        ours = comparison.times(claim.row) if comparison else None
+        ours = comparison.over_a_process(claim.row) if comparison else None
         said = f"{'about ' if claim.approximate else ''}{claim.ms:g} ms"
         vifs = "" if claim.row.vifs is None else f", {claim.row.vifs} vif"
         beside = f", beside {claim.row.guests}" if claim.row.guests else ""
@@ -312,6 +334,7 @@ def _paper(found: Mapping[str, Comparison], parts: Parts) -> list[str]:
             f"{WHO[claim.row.who]}{vifs}{beside}" if ours else "",
             times(ours),
         ))  # fmt: skip
+    rows += _crowded(parts)
     lines = [
         "## LightVM's figures",
         "",
@@ -332,8 +355,35 @@ def _paper(found: Mapping[str, Comparison], parts: Parts) -> list[str]:
     return lines
 
 
+def _crowded(parts: Parts) -> Iterator[tuple[str, str, str, str, str]]:
+    """Of figures 9 and 10, what the rounds of bench/density.py have."""
+    every = density_rounds(parts)
+    process = density_process(parts)
+    for figure, kind, paper in (
+        ("9", "daytime", "LightVM, daytime, the 1,000th guest: 4.1 ms (section 6.1)"),
+        ("10", "tiny", "LightVM, 8,000 guests (section 6.1, no number in the text)"),
+    ):
+        if kind in every and process:
+            last = every[kind][-1]
+            beside = f" beside {every['tiny'][-1]['guests']:,} tiny" if kind == "daytime" else ""
+            yield (
+                figure, paper, "4.10x" if kind == "daytime" else "",
+                f"{WHO['warm']}, the last of {last['guests']:,} {kind}{beside}",
+                times(last["create"]["median_ms"] / process),
+            )  # fmt: skip
+
+
+def density_process(parts: Parts) -> float | None:
+    """Milliseconds of a process beside the first guests of bench/density.py."""
+    for rounds in density_rounds(parts).values():
+        for each in rounds:
+            if PROCESS in each.get("calls", {}):
+                return float(each["calls"][PROCESS])
+    return None
+
+
 def breakdown(found: Mapping[str, Comparison], parts: Parts) -> dict[str, dict[str, float]]:
-    """LightVM's categories of a create without a vif, in multiples of a process."""
+    """LightVM's categories of a create, in multiples of a process of the same part."""
     comparison = found.get("xenstored") or found.get("noxs")
     if comparison is None:
         return {}
@@ -347,11 +397,16 @@ def breakdown(found: Mapping[str, Comparison], parts: Parts) -> dict[str, dict[s
         }
         for who in ("warm", "generic", "cold") for vifs in (0, 1)
     }  # fmt: skip
-    if "profile" in parts and "xenstored" in found:
-        against = parts["profile"]["result"].get("against") or {"categories": {}}
-        shares["xl, 0 vif"] = {
-            name: spread["median_ms"] / process for name, spread in against["categories"].items()
-        }
+    if "profile" in parts:
+        result = parts["profile"]["result"]
+        for vifs, samples in result["samples"].items():
+            xl = [sample for sample in samples if sample["source"] == "xl"]
+            shown = statistics.median([sample["caller_ms"] for sample in xl])
+            logged = statistics.median([sample["logged_ms"] for sample in xl])
+            scale = shown / logged / statistics.median(result[PROCESS])
+            shares[f"xl, {vifs} vif"] = {
+                name: spread["median_ms"] * scale for name, spread in categories(xl).items()
+            }
     return {who: share for who, share in shares.items() if share}
 
 

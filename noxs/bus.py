@@ -13,7 +13,7 @@ import os
 from time import monotonic
 
 from noxs import wire
-from noxs.nodes import Nodes, result, result_or_none, string
+from noxs.nodes import Nodes, decode, result, result_or_none, string
 from noxs.session import Session, lost_transaction
 from xenctypes.errors import BusError
 
@@ -103,6 +103,11 @@ class Bus(Nodes):
     def exchange(self, requests: list[Request]) -> list[Message]:
         """See Nodes.exchange."""
         return self._session.exchange(requests, 0)
+
+    def control(self, *words: str) -> str:
+        """What the server says to a command for itself, as `xenstore-control` sends them."""
+        payload = b"".join(string(word) for word in words)
+        return decode(self.ask(wire.CONTROL, payload, words[0]).rstrip(b"\0"))
 
     # Watches
 

@@ -65,6 +65,7 @@ def _reply(store: Store, conn: Connection, op: int, tx_id: int, payload: bytes) 
     handler = HANDLERS.get(op)
     if handler is None:
         raise StoreError(b"ENOSYS")
+    store.asked[op] = store.asked.get(op, 0) + 1
     if not conn.privileged and op in PRIVILEGED:
         raise StoreError(b"EACCES")
     tx = None
@@ -277,7 +278,10 @@ def _is_introduced(
 def _control(store: Store, _conn: Connection, _tx: Transaction | None, payload: bytes) -> bytes:
     command = strings(payload)
     if command == [b"help"]:
-        return b"check\nhelp\nprint <string>\n\0"
+        return b"check\ncount\nhelp\nprint <string>\n\0"
+    if command == [b"count"]:
+        asked = store.asked.items()
+        return "".join(f"{wire.NAMES[op]} {number}\n" for op, number in asked).encode() + b"\0"
     if command == [b"check"]:
         try:
             store.tree.check()

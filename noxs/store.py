@@ -83,6 +83,8 @@ class Store:
         self.introduced: set[int] = {0}
         self.watches: dict[bytes, list[Watch]] = {}
         self.watch_count = 0
+        self.asked: dict[int, int] = {}
+        """How many requests of each type there were."""
         self.log = log
 
     def connect(self, conn: Connection) -> None:

@@ -29,6 +29,10 @@ RESUME = 18
 SET_TARGET = 19
 RESET_WATCHES = 21
 DIRECTORY_PART = 22
+NAMES = {
+    value: name for name, value in dict(globals()).items() if name.isupper() and type(value) is int
+}
+"""Of the types above: as xenstored's log has them."""
 
 HEADER = struct.Struct("<IIII")
 HEADER_SIZE = 16

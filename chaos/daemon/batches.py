@@ -33,24 +33,42 @@ class Batches(Generic[T]):
         self._work = work
         self._waiting: list[T] = []
         self._busy = False
+        self._working = asyncio.Lock()
         self._added = 0.0
 
     def add(self, item: T) -> None:
         """Have an item worked on soon."""
         self._waiting.append(item)
         self._added = time.monotonic()
-        if not self._busy:
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._waiting and not self._busy:
             self._busy = True
             self._spawn(self._run())
+
+    async def finish(self) -> None:
+        """Work on all that waits now, and see what is being worked on done."""
+        await self._work_on_some()
+        while self._waiting:
+            await self._work_on_some()
 
     async def _run(self) -> None:
         try:
             while self._waiting:
                 await self._gather()
-                batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
-                await self._work(batch)
-        finally:
+                await self._work_on_some()
+        except Exception:
             self._busy = False
+            self._begin()  # a failure is that of one batch
+            raise
+        self._busy = False
+
+    async def _work_on_some(self) -> None:
+        async with self._working:
+            batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+            if batch:
+                await self._work(batch)
 
     async def _gather(self) -> None:
         deadline = time.monotonic() + LATEST

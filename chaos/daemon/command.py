@@ -209,7 +209,8 @@ class Command:
             while words[0] in {"-v", "--verbose"}:
                 verbose = True
                 words.pop(0)
-            self._cancel_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            # A signal may have come with the request itself.
+            self._cancel_fd = os.eventfd(bool(self.signal), os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._outputs = [Output(fd) for fd in self.fds[1:3]]
             return await self._guarded(words, verbose=verbose)
         finally:
@@ -308,6 +309,8 @@ class Command:
             peer=self.connection.peer,
         )
         if hasattr(module, "serve"):
+            if self.signal:
+                raise asyncio.CancelledError
             self._task = self.daemon.loop.create_task(module.serve(call))
             status: int = await self._task
             return status

@@ -19,6 +19,7 @@ flood, all together get SHARE of a processor.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections import deque
@@ -43,7 +44,8 @@ TURN_VISITS = 16
 SHARE = 0.25  # of a processor, for all consoles together
 REST_MAX = 0.05  # seconds
 EVENTS_MAX = 64  # taken at once
-LOGS_TOTAL = 64 << 20  # bytes for the logs of all guests that go on writing
+LOGS_TOTAL = 64 << 20  # bytes for the logs of all guests that go on writing, at most
+LOGS_SHARE = 8  # and no more than this part of their file system, which records need too
 LOG_MIN = 4096  # of each of a log's two files, however many guests there are
 RETRY_SECONDS = 1.0  # until a console that another process holds is asked for again
 
@@ -92,7 +94,8 @@ class _Guest:
 class ConsoleHub:
     """The consoles of all guests, for a running event loop. Close it.
 
-    ``spent`` is the CPU time, in seconds, that they have taken so far.
+    ``path`` is where the guests' directories are. ``spent`` is the CPU time, in seconds, that they
+    have taken so far.
     """
 
     def __init__(
@@ -101,8 +104,10 @@ class ConsoleHub:
         *,
         evtchn: Channels | None = None,
         report: Callable[[str], None] | None = None,
+        path: str = "",
     ) -> None:
         self._host = host
+        self._logs_total = min(LOGS_TOTAL, _share_of(path)) if path else LOGS_TOTAL
         self._evtchn: Channels = Evtchn() if evtchn is None else evtchn
         self._report = _complain if report is None else report
         self._loop = asyncio.get_running_loop()
@@ -325,7 +330,7 @@ class ConsoleHub:
 
     def _log_max(self) -> int:
         """What each of a log's two files may have: less where many share the memory of /run."""
-        share = LOGS_TOTAL // (2 * max(1, len(self._guests)))
+        share = self._logs_total // (2 * max(1, len(self._guests)))
         return max(LOG_MIN, min(LOG_MAX, share))
 
     def _notify(self, guest: _Guest) -> None:
@@ -361,6 +366,12 @@ class ConsoleHub:
                 guest.inbox = guest.inbox[count:]
                 self._notify(guest)
                 _wake(guest)
+
+
+def _share_of(path: str) -> int:
+    """How many bytes of a file system may be logs; OSError."""
+    status = os.statvfs(path)
+    return status.f_blocks * status.f_frsize // LOGS_SHARE or LOGS_TOTAL  # 0 blocks: no bound
 
 
 def _wake(guest: _Guest) -> None:

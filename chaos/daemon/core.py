@@ -50,6 +50,8 @@ VERB_THREADS = 64
 WAIT_THREADS = 64
 CLOSE_SECONDS = 20.0
 """How long threads may take to end at the end."""
+FINISH_SECONDS = 5.0
+"""How long work may take at the end that was gathered until then."""
 ROOT = Peer(0, 0, 0, ())
 TICK = 2.0
 MAC_REFRESH = 30.0
@@ -130,7 +132,7 @@ class Daemon:
             self.log(problem)
         with self.names.locked():
             self.names.sweep()  # links of a daemon that was killed in the middle of a create
-        self.consoles = ConsoleHub(self.host, report=self.log)
+        self.consoles = ConsoleHub(self.host, report=self.log, path=self.names.path)
         self.guests.start()
         await self.guests.adopt_all()
         self.pool.start()
@@ -140,6 +142,7 @@ class Daemon:
         """Give the pool back and let go of the guests, which go on running."""
         self.stopping = True
         self.events.close()
+        await self._finish()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -155,6 +158,13 @@ class Daemon:
         self.host.close()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
+
+    async def _finish(self) -> None:
+        """Do what has waited for more of its kind, if that is possible in a moment."""
+        work = [self.spawn(batches.finish()) for batches in (self._on_the_bus, self._ready)]
+        _, late = await asyncio.wait(work, timeout=FINISH_SECONDS)
+        if late:
+            self.log(f"the bus or /run did not take all within {FINISH_SECONDS:.0f} s")
 
     async def _end_threads(self) -> None:
         for threads in (self._waits, self._verbs, self._threads):
@@ -336,7 +346,11 @@ class Daemon:
             )
             if disks and shell.store:
                 # Others like it can be served by shells without disks.
-                self.pool.note(replace(wanted.config, disks=()), wanted.source, opened)
+                try:
+                    self.pool.note(replace(wanted.config, disks=()), wanted.source, opened)
+                except BaseException:
+                    self.pool.spawn(self.pool.discard(shell))
+                    raise
             return shell
         finally:
             for each in opened:
@@ -466,9 +480,9 @@ class Daemon:
         # Another toolstack may have destroyed it, or let it run.
         return info is not None and info.paused and not info.dying and not info.cpu_time
 
-    def ended(self, uuid: str) -> None:
+    def ended(self, uuid: str, domid: int) -> None:
         """Let go of a guest that a verb destroyed; from the verb's thread, before its reply."""
-        self.loop.call_soon_threadsafe(self.guests.ended, uuid)
+        self.loop.call_soon_threadsafe(self.guests.ended, uuid, domid)
 
     def unpause(self, delivery: Delivery) -> None:
         """Let a guest that was delivered paused run."""
@@ -500,9 +514,13 @@ class Daemon:
             by={"uid": delivery.peer.uid, "pid": delivery.peer.pid},
         )
         self.consoles_add(guest)
+        self.tell_the_bus(guest, delivery.shell.macs)
+
+    def tell_the_bus(self, guest: Guest, macs: list[bytes]) -> None:
+        """Have the bus know a guest's name and addresses soon, if anybody looks there."""
         # A stock guest's store and devices were given its name when they were made.
-        if guest.noxs and (delivery.config.vifs or self.beside_xenstored):
-            self._on_the_bus.add((guest, delivery.shell.macs))
+        if guest.noxs and (guest.config.vifs or self.beside_xenstored):
+            self._on_the_bus.add((guest, macs))
 
     async def _tell_the_bus(self, batch: list[tuple[Guest, list[bytes]]]) -> None:
         """What guests are called and what their addresses are, for whoever looks at the bus."""
@@ -583,7 +601,8 @@ class Daemon:
             # Not the domain's own lock, which a destroy would take for somebody else's work: a
             # rename holds this one too, and of a domain that goes meanwhile nothing is left.
             for guest in batch:
-                with contextlib.suppress(FileNotFoundError, StateError), names.locked():
+                # One that cannot be written, /run being full, is nothing to the others.
+                with contextlib.suppress(OSError, StateError), names.locked():
                     record = names.read(guest.uuid)
                     if record is not None and record.state == RUNNING:
                         record.ready_ms = guest.ready_ms

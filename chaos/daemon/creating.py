@@ -8,6 +8,7 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from chaos.afterlife import action_for
 from chaos.cli import describe_error
 from chaos.daemon.bar import bar
 from chaos.verbs.create import members, report, sources
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from chaos.daemon.core import Daemon
+    from chaos.daemon.guests import Guests
     from chaos.daemon.shell import Delivery
     from chaos.daemon.wanted import Wanted
     from chaos.invocation import Invocation
@@ -157,25 +159,70 @@ async def _console(call: Invocation, delivery: Delivery) -> int:
 
 async def _stay(call: Invocation, delivery: Delivery) -> int:
     """Wait for the domain's end, through its restarts. Being cancelled destroys it."""
-    uuid, name = delivery.shell.uuid, delivery.config.name
+    uuid = delivery.shell.uuid
     async with contextlib.aclosing(call.daemon.events.subscribe(None)) as events:
-        if uuid not in call.daemon.guests.by_uuid:
-            return 0
-        ending = ""
-        async for event in events:
-            if event.get("uuid") != uuid:
-                continue
-            if event["event"] == "died":
-                ending = event["action"]
-                if not call.args.quiet:
-                    call.print(f"{name}, domain {event['domid']}: {event['reason']}, {ending}")
-                    await call.drain()
-                if ending == "preserve":
-                    return 0
-            elif event["event"] == "created":
-                ending = ""
-            elif event["event"] == "destroyed" and ending in {"", "destroy"}:
-                if not ending and not call.args.quiet:
-                    call.print(f"{name}, domain {event['domid']}: destroyed by another command")
+        watch = Watch(call, delivery)
+        status = watch.look()
+        while status is None:
+            event = await anext(events, None)
+            if event is None:
                 return 0
-    return 0
+            if event["event"] == "gap":
+                status = watch.look()
+            elif event.get("uuid") == uuid:
+                status = watch.hear(event)
+                await call.drain()
+    return status
+
+
+class Watch:
+    """What ``create -F`` knows of its domain.
+
+    ``ending`` is what becomes of the dead one, "" while it lives; ``domid`` changes with a restart.
+    """
+
+    def __init__(self, call: Invocation, delivery: Delivery) -> None:
+        self.call = call
+        self.guests: Guests = call.daemon.guests
+        self.uuid, self.name = delivery.shell.uuid, delivery.config.name
+        self.domid = delivery.shell.domid
+        self.ending = ""
+
+    def hear(self, event: dict[str, Any]) -> int | None:
+        """Take an event of the domain; the status to end with, None to go on."""
+        kind = event["event"]
+        if kind == "died":
+            self.domid, self.ending = event["domid"], event["action"]
+            self._say(f"{event['reason']}, {self.ending}")
+            return 0 if self.ending == "preserve" else None
+        if kind == "created":
+            gone = self.ending == "destroy"  # and this is another command's
+            self.domid, self.ending = event["domid"], ""
+            return 0 if gone else None
+        if kind == "destroyed":
+            if event["domid"] != self.domid or self.ending not in {"", "destroy"}:
+                return None
+            if not self.ending:
+                self._say("destroyed by another command")
+            return 0
+        if kind == "restart called off":
+            self._say("destroyed by another command")
+            return 0
+        if kind == "restart failed":
+            self.call.stderr.write(f"chaos: {self.name} is not restarted: {event['what']}\n")
+            return 1
+        return None
+
+    def look(self) -> int | None:
+        """The same where events are missing, by what has become of the domain meanwhile."""
+        guest = self.guests.by_uuid.get(self.uuid)
+        if guest is None:
+            self.ending = "restart"
+            return None if self.guests.restarts.holds(self.uuid) else 0
+        self.domid = guest.domid
+        self.ending = action_for(guest.config, guest.death)[0] if guest.death else ""
+        return 0 if self.ending == "preserve" else None
+
+    def _say(self, what: str) -> None:
+        if not self.call.args.quiet:
+            self.call.print(f"{self.name}, domain {self.domid}: {what}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from chaos import image
 from chaos.shape import ImageKey
+from xenctypes.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ class Source:
     """Where an image comes from: paths, or descriptors that a client's rights opened.
 
     A source with descriptors stays with the files that were opened, whatever the paths name later.
+    Once it is closed nothing is opened any more: the paths are a client's, the rights the daemon's.
     """
 
     def __init__(self, kernel: str, ramdisk: str, cmdline: str) -> None:
@@ -29,14 +31,14 @@ class Source:
         self.ramdisk = ramdisk
         self.cmdline = cmdline
         self.held: list[OpenImage] = []
+        self.closed = False
 
     def open(self) -> list[OpenImage]:
-        """The images; the caller closes them. ImageError."""
+        """The images; the caller closes them. ImageError; OSError for descriptors."""
+        if self.closed:
+            raise ImageError(f"kernel {self.kernel!r} is of a flavour that was removed")
         if self.held:
-            return [
-                image.adopt_image(os.dup(held.fd), held.path, ramdisk=bool(index))
-                for index, held in enumerate(self.held)
-            ]
+            return _duplicates(self.held)
         opened = [image.open_image(self.kernel)]
         try:
             if self.ramdisk:
@@ -61,19 +63,35 @@ class Source:
         return ImageKey(kernel, ramdisk, self.cmdline)
 
     def holding(self, opened: Sequence[OpenImage]) -> Source:
-        """The same with descriptors of its own of what is open."""
+        """The same with descriptors of its own of what is open. ImageError; OSError."""
         source = Source(self.kernel, self.ramdisk, self.cmdline)
-        source.held = [
-            image.adopt_image(os.dup(each.fd), each.path, ramdisk=bool(index))
-            for index, each in enumerate(opened)
-        ]
+        source.held = _duplicates(opened)
         return source
+
+    def changed(self) -> bool:
+        """Whether one of its descriptors is not of what its path names now."""
+        return any(held.changed() for held in self.held)
 
     def close(self) -> None:
         """Close the descriptors. Idempotent."""
         for held in self.held:
             held.close()
         self.held = []
+        self.closed = True
+
+
+def _duplicates(opened: Sequence[OpenImage]) -> list[OpenImage]:
+    """The same images with descriptors of their own, all or none. ImageError; OSError."""
+    duplicates: list[OpenImage] = []
+    try:
+        for each in opened:
+            fd = os.dup(each.fd)
+            duplicates.append(image.adopt_image(fd, each.path, ramdisk=bool(duplicates)))
+    except BaseException:
+        for duplicate in duplicates:
+            duplicate.close()
+        raise
+    return duplicates
 
 
 @dataclass(eq=False)
@@ -82,6 +100,7 @@ class Flavour:
 
     ``digest`` is that of its images' contents, ``digested`` the versions of which that is sure;
     ``asked`` is when it last served, ``verify_at`` when to read the images again, loop time.
+    ``problem`` is why its last shell was not made, ``lack`` why there is no room for another one.
     """
 
     name: str
@@ -98,6 +117,7 @@ class Flavour:
     made: int = 0
     failures: int = 0
     problem: str = ""
+    lack: str = ""
     not_before: float = 0.0
     asked: float = 0.0
     digest: bytes = b""
@@ -137,5 +157,5 @@ class Flavour:
             "served": self.served,
             "made": self.made,
             "adaptive": self.adaptive,
-            "problem": self.problem or None,
+            "problem": self.problem or self.lack or None,
         }

@@ -260,6 +260,7 @@ class Guests:
     def add(self, guest: Guest) -> None:
         """Look after a guest from now on."""
         self.by_uuid[guest.uuid] = guest
+        self._ending.discard(guest.uuid)  # of one that had the UUID before
         if guest.port:
             self.by_port[guest.port] = guest
 
@@ -322,7 +323,10 @@ class Guests:
                 except ChaosError as error:
                     self.daemon.log(f"{record.name}: {error}")
                 continue
-            self.adopt(record)
+            guest = self.adopt(record)
+            if guest is not None and len(record.macs) == len(guest.config.vifs):
+                macs = [bytes.fromhex(mac.replace(":", "")) for mac in record.macs]
+                self.daemon.tell_the_bus(guest, macs)  # a killed daemon may not have come to it
         self.restarts.sweep()
         for restart in self.restarts.all():
             if restart.uuid in self.by_uuid:  # its death was not dealt with yet, or it runs again
@@ -467,10 +471,10 @@ class Guests:
         with contextlib.suppress(ChaosError):
             await self.daemon.in_thread(lambda host, names: reap_one(host, names, uuid))
 
-    def ended(self, uuid: str) -> None:
+    def ended(self, uuid: str, domid: int) -> None:
         """Forget a guest that we destroyed, without waiting for the hypervisor to tell of it."""
         guest = self.by_uuid.get(uuid)
-        if guest is not None:
+        if guest is not None and guest.domid == domid:
             self.forget(guest, "destroyed")
 
     def forget(self, guest: Guest, how: str) -> None:
@@ -512,24 +516,30 @@ class Guests:
         guest.wake("dead")
         try:
             await self._obey(guest, action)
-        except ChaosError as error:
+        except (ChaosError, OSError) as error:
             self.daemon.emit("problem", what=f"{action} of {guest.name}: {error}")
             self.daemon.log(f"{action} of {guest.name} failed: {error}")
+            if action != "destroy":
+                self.daemon.emit(
+                    "restart failed", name=guest.name, uuid=guest.uuid, what=str(error)
+                )
 
     async def _obey(self, guest: Guest, action: str) -> None:
         if action == "preserve" or self.daemon.stopping:
             return
-        record = await self.daemon.in_thread(lambda _host, names: names.read(guest.uuid))
+        uuid, domid = guest.uuid, guest.domid
+        record = await self.daemon.in_thread(lambda _host, names: _record_of(names, uuid, domid))
         if record is None:
+            if action != "destroy":
+                self.daemon.emit("restart called off", name=guest.name, uuid=uuid)
             return
         failures = guest.failures + 1 if monotonic() - guest.born < afterlife.YOUNG else 0
-        uuid = guest.uuid
-        restart = Restart(uuid, afterlife.successor(guest.config, record), failures, guest.domid)
+        restart = Restart(uuid, afterlife.successor(guest.config, record), failures, domid)
         if action != "destroy":
             await self._insist(guest, lambda _host, names: self._plan(restart, names))
         if action == "rename-restart":
             kept = await self._insist(
-                guest, lambda host, names: afterlife.set_aside(host, names, uuid)
+                guest, lambda host, names: afterlife.set_aside(host, names, uuid, domid)
             )
             self.forget(guest, "set aside")
             if kept is not None:
@@ -537,16 +547,19 @@ class Guests:
         else:
             if self.by_uuid.get(uuid) is guest:
                 self._let_go(guest)
-            await self._insist(guest, lambda host, names: _destroy(host, names, uuid))
+            await self._insist(guest, lambda host, names: _destroy(host, names, uuid, domid))
             self._tell_end(guest, "destroyed")
-        self._ending.discard(uuid)
+        if uuid not in self.by_uuid:
+            self._ending.discard(uuid)
+            self._unsettled.add(uuid)  # another command may have made one of that UUID meanwhile
         if action != "destroy":
             await self._restart(restart)
 
     def _plan(self, restart: Restart, names: Registry) -> None:
         """Write a restart down, unless somebody has destroyed the dead domain by now."""
         self.restarts.write(restart)
-        if not names.has(restart.uuid):  # whoever destroys it from now on finds what we wrote
+        # Whoever destroys it from now on finds what we wrote.
+        if _record_of(names, restart.uuid, restart.domid) is None:
             self.restarts.drop(restart.uuid)
 
     def _keep(self, uuid: str) -> None:
@@ -554,18 +567,26 @@ class Guests:
         with contextlib.suppress(ChaosError):
             record = self.names.read(uuid)
             if record is not None:
-                self._ending.add(uuid)
                 dead = self.adopt(record)
+                self._ending.add(uuid)
                 if dead is not None:
                     self.daemon.consoles_remove(dead)
 
     async def _insist(self, guest: Guest, function: Callable[[Host, Registry], T]) -> T | None:
-        """Do what a death calls for, if need be again and again. None: the domain is gone."""
-        uuid, failures = guest.uuid, 0
-        while True:
+        """Do what a death calls for, if need be again and again.
+
+        None: the domain is gone, whoever has its UUID now.
+        """
+        uuid, domid, failures = guest.uuid, guest.domid, 0
+
+        def attempt(host: Host, names: Registry) -> T | None:
+            there = _record_of(names, uuid, domid) is not None
+            return function(host, names) if there else None
+
+        while self.by_uuid.get(uuid, guest) is guest:
             self._ending.add(uuid)  # whoever looks at it meanwhile finds it dead, and dealt with
             try:
-                return await self.daemon.in_thread(function)
+                return await self.daemon.in_thread(attempt)
             except (ChaosError, OSError) as error:
                 failures += 1
                 pause = afterlife.delay(failures)
@@ -574,8 +595,7 @@ class Guests:
                 )
                 self.daemon.log(f"the end of {guest.name} failed: {error}")
             await asyncio.sleep(pause)
-            if not await self.daemon.in_thread(lambda _host, names: names.has(uuid)):
-                return None
+        return None
 
     async def _restart(self, restart: Restart) -> None:
         """Create the successor of a domain, in time. ChaosError, and then it is given up."""
@@ -611,6 +631,15 @@ class Guests:
             self._tell_end(guest, "destroyed")
 
 
-def _destroy(host: Host, names: Registry, uuid: str) -> None:
+def _record_of(names: Registry, uuid: str, domid: int) -> Record | None:
+    """The record of a domain; None if that is gone, whoever has its UUID now."""
+    record = names.read(uuid)
+    return record if record is not None and record.domid == domid else None
+
+
+def _destroy(host: Host, names: Registry, uuid: str, domid: int | None = None) -> None:
+    """Destroy the domain of a UUID, with ``domid`` only one of that number. ChaosError."""
     if names.read(uuid) is not None:
-        destroy(host, names, find_domain(host, names, uuid))
+        domain = find_domain(host, names, uuid)
+        if domid in {None, domain.domid}:
+            destroy(host, names, domain)

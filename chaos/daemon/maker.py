@@ -239,7 +239,7 @@ class Maker:
             "store_frame": loaded.store_frame if loaded else -1,
             "page": page,
             "disks": creation.record.disks if creation.record else [],
-            "timings": [[t.name, t.phase, t.category, t.ns] for t in timings],
+            "timings": [[*timing] for timing in timings],
         }
 
 

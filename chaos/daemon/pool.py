@@ -35,7 +35,7 @@ from noxs.page import more_pages
 from xenctypes.errors import ChaosError, StateError, XenError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
     from chaos.daemon.settings import FlavourSpec, Settings
     from chaos.daemon.template import Template
@@ -107,6 +107,8 @@ class Pool:
         self._seeking = 0
         self._under_way = 0  # shells that are being made
         self._promised = 0  # MiB, to creates that are under way
+        self._ending = 0  # shells that are being given back
+        self._lacking: dict[Flavour, str] = {}  # at the last look
         self._problems: dict[str, str] = {}
         self._changes: list[asyncio.Future[None]] = []
 
@@ -208,6 +210,10 @@ class Pool:
             raise StateError(f'no flavour "{name}"', hint="chaos pool list shows them")
         return found
 
+    def _has(self, flavour: Flavour) -> bool:
+        """Whether it was not removed meanwhile."""
+        return self.flavours.get(flavour.name) is flavour
+
     def resize(self, name: str, size: int, low: int | None = None) -> Flavour:
         """Another size; shells beyond it are given back."""
         flavour = self.flavour(name)
@@ -287,7 +293,7 @@ class Pool:
     def put_back(self, shell: Shell) -> None:
         """Return a shell that nothing was done to; to its end if it is of no flavour any more."""
         flavour = shell.flavour
-        if flavour is not None and self.flavours.get(flavour.name) is flavour:
+        if flavour is not None and self._has(flavour):
             self._put(shell, flavour)
         else:
             self.spawn(self.discard(shell))
@@ -334,11 +340,11 @@ class Pool:
         done = 0
         while any(flavour.ready < flavour.size for flavour in flavours):
             for flavour in flavours:
-                if flavour.problem:
-                    raise StateError(f'flavour "{flavour.name}": {flavour.problem}')
+                if problem := self._hindrance(flavour):
+                    raise StateError(f'flavour "{flavour.name}": {problem}')
             await self.change()
             for flavour in flavours:
-                if self.flavours.get(flavour.name) is not flavour:
+                if not self._has(flavour):
                     raise StateError(f'the flavour "{flavour.name}" was removed meanwhile')
             for flavour in flavours:  # others may take some, or resize it
                 while before[flavour.name] < flavour.ready and done < total:
@@ -360,7 +366,7 @@ class Pool:
         return {shell.domid for flavour in self.flavours.values() for shell in flavour.shells}
 
     async def change(self) -> None:
-        """Wait until a flavour has more shells, or a problem."""
+        """Wait until a flavour has more shells, a problem, or no room for more."""
         waiter = self._loop.create_future()
         self._changes.append(waiter)
         await waiter
@@ -532,12 +538,16 @@ class Pool:
 
     async def discard(self, shell: Shell) -> None:
         """The end of a shell that is on no shelf."""
-        self._let_go(shell)
-        worker, shell.worker = shell.worker, None
-        if worker is not None and worker in self.workers:
-            with contextlib.suppress(ChaosError):
-                await worker.ask({"do": "drop", "uuid": shell.uuid})
-        await self._reap(shell.uuid)
+        self._ending += 1
+        try:
+            self._let_go(shell)
+            worker, shell.worker = shell.worker, None
+            if worker is not None and worker in self.workers:
+                with contextlib.suppress(ChaosError):
+                    await worker.ask({"do": "drop", "uuid": shell.uuid})
+            await self._reap(shell.uuid)
+        finally:
+            self._ending -= 1
 
     def _let_go(self, shell: Shell) -> None:
         try:
@@ -644,6 +654,52 @@ class Pool:
         allowed = self.settings.max_memory - sum(count * mib for count, mib in held)
         return allowed, self._free_mib() - self.settings.memory_floor - self._promised
 
+    def _lacks(self, flavours: Iterable[Flavour]) -> dict[Flavour, str]:
+        """Those that miss shells for which there is no room, and why.
+
+        What is under way may still make room: shells that are being given back, or that are being
+        made and may yet fail.
+        """
+        wanting = [flavour for flavour in flavours if flavour.missing > 0]
+        if not wanting:
+            return {}
+        limits, every = self.settings, self.flavours.values()
+        full = sum(len(f.shells) for f in every) >= limits.max_shells
+        allowed = limits.max_memory - sum(len(f.shells) * f.config.memory for f in every)
+        free = self._free_mib()
+        making = sum(f.making * self._cost(f.config) for f in every if f.making)
+        lacks = {}
+        for flavour in wanting:
+            cost = self._cost(flavour.config)
+            if full:
+                lacks[flavour] = f"no room: max_shells of chaos.toml is {limits.max_shells}"
+            elif flavour.config.memory > allowed:
+                lacks[flavour] = (
+                    f"no room for {flavour.config.memory} MiB more:"
+                    f" max_memory of chaos.toml is {limits.max_memory} MiB"
+                )
+            elif cost > free + making - limits.memory_floor and not self._ending:
+                lacks[flavour] = (
+                    f"no room for {cost} MiB more: Xen has {free} MiB free,"
+                    f" and memory_floor of chaos.toml is {limits.memory_floor} MiB"
+                )
+        return lacks
+
+    def _notice_lacks(self) -> None:
+        """Say which flavours there is no room for, where that was so at the last look too."""
+        lacks = self._lacks(self.flavours.values())
+        for flavour in self.flavours.values():
+            flavour.lack = lacks.get(flavour, "") if flavour in self._lacking else ""
+        self._lacking = lacks
+        if any(flavour.lack for flavour in lacks):
+            self._changed()
+
+    def _hindrance(self, flavour: Flavour) -> str:
+        """Why a flavour does not get the shells that it misses, "" if nothing is known of that."""
+        if flavour.problem or not flavour.lack:
+            return flavour.problem
+        return self._lacks([flavour]).get(flavour, "")
+
     async def _fill(self, flavour: Flavour) -> None:
         opened: list[OpenImage] = []
         digest = b""
@@ -659,7 +715,7 @@ class Pool:
             delay = DELAYS[min(flavour.failures, len(DELAYS) - 1)]
             flavour.not_before = self._loop.time() + delay
             problem = str(error)
-            if problem != flavour.problem:
+            if problem != flavour.problem and self._has(flavour):
                 self.emit("problem", what=problem, flavour=flavour.name)
             flavour.problem = problem
             self._changed()
@@ -669,7 +725,7 @@ class Pool:
             flavour.made += 1
             shell.digest = digest
             shell.spend(unawaited=True)
-            if self.flavours.get(flavour.name) is flavour:
+            if self._has(flavour):
                 self._put(shell, flavour)
             else:
                 self.spawn(self.discard(shell))
@@ -769,6 +825,7 @@ class Pool:
     async def _look_after_all(self) -> None:
         for flavour in list(self.flavours.values()):
             self._look_after(flavour)
+        self._notice_lacks()
         if self._free_mib() < self.settings.memory_floor:
             shell = next(self._dispensable(), None)
             if shell is not None:
@@ -784,7 +841,7 @@ class Pool:
             if flavour.shells and flavour.verify_at <= self._loop.time():
                 flavour.verify_at = self._loop.time() + DIGEST_SECONDS
                 self.spawn(self._verify(flavour))
-            if flavour.adaptive and flavour.source.held[0].changed():
+            if flavour.adaptive and flavour.source.changed():
                 self.spawn(self.remove(flavour.name))
                 return
         if flavour.adaptive and not flavour.making:

@@ -85,7 +85,7 @@ class Shell:
         self.noxs = made["noxs"]
         self.disks = made["disks"]
         self.store = made["store"]
-        self.spend([Timing(n, p, c, 0, ns) for n, p, c, ns in made["timings"]])
+        self.spend([Timing(*timing) for timing in made["timings"]])
         if self.store_frame >= 0 and self.noxs:
             self.template = bytearray(made["page"])
             self.mapping = self.host.memory.map(self.domid, made["page_frames"])

@@ -50,7 +50,8 @@ def run(call: Invocation) -> int:
                 destroyed = _destroy(call, restarts, wanted)
             except ChaosError as error:
                 # It was dead, and waited to be created again, or ended by itself since.
-                if wanted in called_off or (args.all and _is_gone(call, wanted)):
+                waited = wanted in called_off and isinstance(error, StateError)
+                if waited or (args.all and _is_gone(call, wanted)):
                     continue
                 if failure is not None:
                     error.add_note(str(failure))
@@ -66,10 +67,11 @@ def run(call: Invocation) -> int:
 
 
 def _is_gone(call: Invocation, uuid: str) -> bool:
+    """Whether nothing is left of a domain: a record means that its devices may be there."""
     try:
         find(call.host, call.names, uuid)
     except StateError:
-        return True
+        return not call.names.has(uuid)
     return False
 
 
@@ -87,11 +89,13 @@ def _destroy(call: Invocation, restarts: Restarts, wanted: str) -> dict[str, Any
     called_off += restarts.call_off(domain.uuid)
     try:
         destroy(call.host, call.names, domain, force=call.args.force)
-    except ChaosError:
-        if not called_off:
+    except ChaosError as error:
+        refused = isinstance(error, StateError)  # nothing was begun: others are at work on it
+        if not called_off or not (refused or _is_gone(call, domain.uuid)):
             raise
         return called_off[0].describe()
     if call.daemon is not None:
-        call.daemon.ended(domain.uuid)  # what it has mapped of the domain keeps that from going
+        # What it has mapped of the domain keeps that from going.
+        call.daemon.ended(domain.uuid, domain.domid)
     restarts.call_off(domain.uuid)  # its death may have been noticed meanwhile
     return {"name": domain.name, "domid": domain.domid, "uuid": domain.uuid}

@@ -12,11 +12,11 @@ from chaos import config as configuration
 from chaos import counting, countview, plot, profiling, schedule
 from chaos.cli import seconds as duration
 from chaos.progress import progress
-from chaos.sampler import sampler, xl_sampler
+from chaos.sampler import own, xl_sampler
 from xenctypes.errors import ChaosError, UsageError
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser
+    from argparse import ArgumentParser, Namespace
     from collections.abc import Iterator, Sequence
 
     from rich.table import Table
@@ -44,9 +44,8 @@ def configure(parser: ArgumentParser, name: str) -> None:
         "-n",
         "--creates",
         type=int,
-        default=COUNT,
         metavar="N",
-        help="how many (default %(default)s)",
+        help=f"how many (default {COUNT})",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -98,10 +97,7 @@ def configure(parser: ArgumentParser, name: str) -> None:
 def run(call: Invocation) -> int:
     """Create and destroy, again and again; show what it took."""
     args = call.args
-    if args.creates < 1:
-        raise UsageError("chaos profile: -n needs a number from 1", hint="see --help")
-    if args.count and (args.trace or args.plot):
-        raise UsageError("chaos profile: --count has no times for --trace and --plot")
+    _check(args)
     plt = plot.pyplot("chaos profile: --plot", args.plot) if args.plot else None
     path = os.path.join(call.directory, args.config)
     config, warnings = configuration.load(path, args.overrides)
@@ -114,12 +110,10 @@ def run(call: Invocation) -> int:
     found = _sample(call, config, path)
     shown = profiling.summary(found.samples)
     if found.others:
-        shown["against"] = profiling.against(found.others, shown)
+        shown["against"] = profiling.against(found.others, found.commands)
     everything = found.samples + found.others
     if args.trace:
-        events = profiling.trace(everything, found.runs)
-        with _writing(call, args.trace) as target, open(target, "w", encoding="utf-8") as file:
-            json.dump(events, file)
+        _write_trace(call, found)
     if plt is not None:
         bars = {"chaos": shown["categories"]}
         if found.others:
@@ -129,12 +123,40 @@ def run(call: Invocation) -> int:
     if args.json:
         call.print_json({**shown, "samples": everything})
     else:
-        _show(call, shown)
+        _show(call, shown, found.command)
     return 0
 
 
+def _check(args: Namespace) -> None:
+    if args.count:
+        if args.creates is not None:
+            raise UsageError("chaos profile: --count counts one create, not -n of them")
+        if args.trace or args.plot:
+            raise UsageError("chaos profile: --count has no times for --trace and --plot")
+    args.creates = COUNT if args.creates is None else args.creates
+    if args.creates < 1:
+        raise UsageError("chaos profile: -n needs a number from 1", hint="see --help")
+
+
+def _write_trace(call: Invocation, found: Found) -> None:
+    if found.lost:
+        call.warn(
+            f"--trace: {found.lost} events did not fit the kernel's buffers, the first ones:"
+            " it shows no processes there (a smaller -n fits)"
+        )
+    events = profiling.trace(found.samples + found.others, found.runs)
+    with (
+        _writing(call, call.args.trace) as target,
+        open(target, "w", encoding="utf-8") as file,
+    ):
+        json.dump(events, file)
+
+
 def _count(call: Invocation, config: DomainConfig, path: str) -> int:
-    """Count what one create does, by each toolstack; one before it makes all that is made once."""
+    """Count what one create does; one before it makes all that is made once.
+
+    With another toolstack, which is a process, our command is counted as well.
+    """
     args = call.args
     found: dict[str, Counts] = {}
     with ExitStack() as stack:
@@ -143,11 +165,16 @@ def _count(call: Invocation, config: DomainConfig, path: str) -> int:
             with counting.counter() as (watched, counts):
                 other(watched())
             found["xl"] = counts
-        sample = stack.enter_context(sampler(call, config, path))
-        sample()
+        ours = stack.enter_context(own(call, config, path))
+        ours.sample()
         with counting.counter() as (watched, counts):
-            made = sample(watched())
-        found = {made["source"]: counts, **found}
+            made = ours.sample(watched())
+        mine = {made["source"]: counts}
+        if args.against:
+            with counting.counter() as (watched, counts):
+                ours.command(watched())
+            mine[ours.shown] = counts
+        found = mine | found
     if args.json:
         call.print_json(found)
     else:
@@ -156,33 +183,42 @@ def _count(call: Invocation, config: DomainConfig, path: str) -> int:
 
 
 class Found(NamedTuple):
-    """What was measured: chaos's creates, the other toolstack's, and who ran meanwhile."""
+    """What was measured: chaos's creates, the other toolstack's, and who ran meanwhile.
+
+    ``commands`` are the milliseconds of our own ``command``, which is measured beside another's;
+    ``lost`` is how many events of who ran did not fit the kernel's buffers.
+    """
 
     samples: list[Sample]
     others: list[Sample]
     runs: list[Run]
+    command: str
+    commands: list[float]
+    lost: int = 0
 
 
 def _sample(call: Invocation, config: DomainConfig, path: str) -> Found:
     """All creates, those of both toolstacks in turn."""
     args = call.args
-    found = Found([], [], [])
     with ExitStack() as stack:
         recording = stack.enter_context(schedule.recorded()) if args.trace else None
         other = xl_sampler(path, args.overrides, config.name) if args.against else None
-        if other is not None:
-            found.others.append(other())  # first: it says at once if this is no host for it
-        sample = stack.enter_context(sampler(call, config, path))
+        others = [other()] if other else []  # first: it says at once if this is no host for it
+        ours = stack.enter_context(own(call, config, path))
+        found = Found([], others, [], ours.shown, [])
         advance = stack.enter_context(
             progress(call.stderr, "profiling", args.creates, quiet=args.quiet)
         )
         for _ in range(args.creates):
-            found.samples.append(sample())
-            if other is not None and len(found.others) < args.creates:
-                found.others.append(other())
+            found.samples.append(ours.sample())
+            if other is not None:
+                found.commands.append(ours.command())
+                if len(found.others) < args.creates:
+                    found.others.append(other())
             advance()
         if recording is not None:
-            found.runs.extend(recording())
+            runs, lost = recording()
+            found = found._replace(runs=runs, lost=lost)
     return found
 
 
@@ -195,7 +231,7 @@ def _writing(call: Invocation, name: str) -> Iterator[str]:
         raise ChaosError(f"{name}: {error.strerror}") from error
 
 
-def _show(call: Invocation, shown: dict[str, Any]) -> None:
+def _show(call: Invocation, shown: dict[str, Any], command: str) -> None:
     from rich.console import Console
 
     width = None if call.stdout.isatty() else WIDTH
@@ -208,10 +244,11 @@ def _show(call: Invocation, shown: dict[str, Any]) -> None:
     if against := shown.get("against"):
         console.print(_table(against["steps"], against["categories"]))
         call.print(
-            f"xl create took {_times(against)}, its process included: {against['ratio']:.1f} times"
-            " as long",
-            f"its steps are told from its log, with which it took {_times(against['logged'])};"
-            ' "hypervisor or bus" is what the log does not tell apart',
+            f"`xl create` took {_times(against)}, `{command}` {_times(against['command'])}, both"
+            f" with their processes: {against['ratio']:.2g} times as long",
+            f"xl's steps are told from its log, with which it took {_times(against['logged'])};"
+            ' "hypervisor or bus" is what the log does not tell apart, and when the guest was'
+            " ready it does not say",
         )
 
 

@@ -429,7 +429,7 @@ def test_a_kill_of_the_bus_between_requests(
     thorough: bool,
 ) -> None:
     """Vifs of an empty shell are connected and disconnected; noxsd is killed once in each."""
-    first = [step.name for step in CREATE_STEPS].index("connect vifs")
+    first = [step.name for step in CREATE_STEPS].index("announce vifs")
     config, _ = configuration.load(DAYTIME)
     interruption = Interruption(monkeypatch, restart_noxsd)
     with Host() as host, Builder() as builder:
@@ -440,7 +440,11 @@ def test_a_kill_of_the_bus_between_requests(
             while at < boundaries:  # a round that kills nothing is the last
                 vifs.seed(host, domid, prepared)
                 connected = interruption.during(
-                    at, lambda: vifs.connect(bus, domid, "daytime", prepared)
+                    at,
+                    lambda: (
+                        vifs.announce(bus, domid, "daytime", prepared),
+                        vifs.connect(bus, domid, prepared),
+                    )[1],
                 )
                 boundaries = interruption.count
                 assert [made.mtu for made in connected] == [1500]

@@ -76,15 +76,17 @@ class Client:
     async def ask(self, ident: int, method: str, **params: Any) -> None:
         await self.send(frames.pack_request(ident, method, params))
 
-    async def run(self, ident: int, *argv: str, fds: tuple[int, int, int], cwd: str = "/") -> None:
-        """Have a command run with these standard streams."""
+    async def run(
+        self, ident: int, *argv: str, fds: tuple[int, int, int], cwd: str = "/", more: bytes = b""
+    ) -> None:
+        """Have a command run with these standard streams; ``more`` is sent in the same moment."""
         words = [word.encode() for word in argv]
         request = {"argv": words, "cwd": cwd.encode(), "env": {}}
         data = frames.pack_request(ident, "run", request)
         directory = os.open("/", os.O_PATH)
         try:
             control = array.array("i", [*fds, directory])
-            self.sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, control)])
+            self.sock.sendmsg([data + more], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, control)])
         finally:
             os.close(directory)
 

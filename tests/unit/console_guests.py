@@ -95,7 +95,9 @@ class Lab:
                 evtchn_status=lambda domid, port: SimpleNamespace(status=self.status)
             ),
         )
-        self.hub = ConsoleHub(host, evtchn=self.channels, report=self.reports.append)  # type: ignore[arg-type]
+        self.hub = ConsoleHub(
+            host, evtchn=self.channels, report=self.reports.append, path=str(path)
+        )  # type: ignore[arg-type]
 
     def _map(self, domid: int, frames: list[int]) -> Any:
         page = self.pages.setdefault(domid, bytearray(4096))

@@ -15,6 +15,7 @@ from chaos.daemon.shell import DELIVERY_STEPS, Delivery, Shell
 from chaos.domconfig import DomainConfig
 from chaos.registry import RUNNING, SHELL, Record, Registry
 from chaos.shape import shape_of
+from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +76,9 @@ def test_a_dead_domain_that_is_set_aside_is_not_lost(
     )
     names.reserve(record).close()
     names.reserve(Record(B, "web-1", state=RUNNING, domid=xen.create(B))).close()
-    cut = killed(monkeypatch, after, lambda: afterlife.set_aside(xen.host, Registry(names.path), A))
+    cut = killed(
+        monkeypatch, after, lambda: afterlife.set_aside(xen.host, Registry(names.path), A, domid)
+    )
     names = again(xen, names.path)
     uuid = str(uuid_of(xen, domid))
     kept = names.read(uuid)
@@ -103,12 +106,21 @@ def test_what_a_set_aside_had_begun_is_gone_on_with(tmp_path: Path) -> None:
     names.reserve(Record(A, "web", state=RUNNING, domid=domid)).close()
     xen.failing["domain_sethandle"] = OSError("once")
     with pytest.raises(OSError, match="once"):
-        afterlife.set_aside(xen.host, names, A)
+        afterlife.set_aside(xen.host, names, A, domid)
     xen.failing.clear()
-    uuid = afterlife.set_aside(xen.host, names, A)
+    uuid = afterlife.set_aside(xen.host, names, A, domid)
     assert uuid == str(uuid_of(xen, domid)) == names.uuid_of("web-1")
     assert names.uuids() == [uuid]
     assert names.uuid_of("web") is None
+
+
+def test_a_successor_is_not_set_aside(tmp_path: Path) -> None:
+    xen, names = Xen(), Registry(str(tmp_path / "run"))
+    dead, domid = xen.create(B, shutdown=True), xen.create(A)
+    names.reserve(Record(A, "web", state=RUNNING, domid=domid)).close()
+    with pytest.raises(StateError, match="is gone"):
+        afterlife.set_aside(xen.host, names, A, dead)
+    assert names.uuid_of("web") == A == str(uuid_of(xen, domid))
 
 
 @pytest.mark.parametrize("after", range(1, 5))

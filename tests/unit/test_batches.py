@@ -64,6 +64,63 @@ def test_after_a_failure_it_works_on() -> None:
     assert asyncio.run(run()) == [2]
 
 
+def test_a_failure_is_that_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MOST", 2)
+
+    async def run() -> list[int]:
+        seen: list[int] = []
+        tasks: list[asyncio.Task[None]] = []
+
+        async def work(items: list[int]) -> None:
+            seen.extend(items)
+            if 1 in items:
+                raise OSError("lost")
+
+        gathered = Batches[int](
+            lambda coroutine: tasks.append(asyncio.create_task(coroutine)), work
+        )
+        for number in range(1, 4):
+            gathered.add(number)
+        with pytest.raises(OSError, match="lost"):
+            await tasks[0]
+        await tasks[1]
+        return seen
+
+    assert asyncio.run(run()) == [1, 2, 3]
+
+
+def test_at_the_end_nothing_waits_any_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MOST", 2)
+    monkeypatch.setattr(batches, "DELAY", 3600.0)
+    monkeypatch.setattr(batches, "LATEST", 3600.0)
+
+    async def run() -> list[list[int]]:
+        seen: list[list[int]] = []
+        tasks: list[asyncio.Task[None]] = []
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def work(items: list[int]) -> None:
+            begun.set()
+            await go.wait()
+            seen.append(items)
+
+        gathered = Batches[int](
+            lambda coroutine: tasks.append(asyncio.create_task(coroutine)), work
+        )
+        for number in range(1, 6):
+            gathered.add(number)
+        await begun.wait()  # with the first
+        finishing = asyncio.create_task(gathered.finish())
+        await asyncio.sleep(0)
+        assert not finishing.done()
+        go.set()
+        await finishing
+        tasks[0].cancel()
+        return seen
+
+    assert asyncio.run(run()) == [[1, 2], [3, 4], [5]]
+
+
 def test_what_comes_while_more_comes_waits_for_a_while_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

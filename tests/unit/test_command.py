@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from chaos.invocation import Invocation
 
-SIGINT = 2
+SIGINT, SIGTERM = 2, 15
 CONFIG = 'name="web"\nmemory=8\nkernel="k.elf"\n'
 
 
@@ -124,6 +124,27 @@ def test_a_verb_in_a_thread_does_not_wait_for_a_reader(
     run(tmp_path, story)
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.parametrize("verb", ["info", "events"])
+def test_a_signal_that_comes_with_the_command_ends_it(
+    tmp_path: Path, null: int, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """In a thread and on the loop, which may have been busy when both were sent."""
+
+    def checking(call: Invocation) -> int:
+        call.check()
+        return 0
+
+    monkeypatch.setattr(info, "run", checking)
+
+    async def story(lab: Lab) -> None:
+        with await lab.client() as client:
+            signal = frames.pack_request(0, "signal", {"id": 1, "signal": SIGTERM})
+            await client.run(1, verb, fds=(null, null, null), more=signal)
+            assert await client.reply() == (1, frames.OK, 128 + SIGTERM)
+
+    run(tmp_path, story)
 
 
 class Waiting:

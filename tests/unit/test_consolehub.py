@@ -8,6 +8,7 @@ import os
 import time
 import tracemalloc
 from struct import pack_into
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chaos.console import IN_SIZE, INDEXES_AT, OUT_SIZE
-from chaos.consolelog import ConsoleLog
+from chaos.consolelog import LOG_MAX, ConsoleLog
 from chaos.daemon import consoles
 from chaos.daemon.attachment import BACKLOG_MAX, Attachment
 from chaos.daemon.consoles import BURST, RATE
@@ -64,6 +65,21 @@ def test_many_logs_share_what_there_is(tmp_path: Path, monkeypatch: pytest.Monke
             for domid in (2, 3, 4):
                 if size == 20_000:
                     lab.guest(f"guest {domid}", domid)
+
+    run(tmp_path, story)
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(100, 25_600), (1 << 20, LOG_MAX), (0, LOG_MAX)])
+def test_logs_leave_room_for_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, most: int
+) -> None:
+    """A file system of no blocks is one without a bound."""
+    status = SimpleNamespace(f_blocks=blocks, f_frsize=4096)
+    monkeypatch.setattr("os.statvfs", lambda _path: status)
+
+    async def story(lab: Lab) -> None:
+        lab.guest("web", 1)
+        assert lab.hub._log_max() == most
 
     run(tmp_path, story)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos import counting, countview, tracefs
+from chaos import buscount, counting, countview, tracefs
 from xenctypes.errors import ChaosError
 
 PROBE = "(privcmd_ioctl+0x0/0x9d0 [xen_privcmd])"
@@ -36,7 +36,7 @@ old_pid=40
 
 
 def test_counts() -> None:
-    found = counting.count(TRACE.splitlines())
+    found = counting.count(TRACE.splitlines(), {"READ": 1, "WRITE": 2})
     assert found == {
         "hypercalls": [
             {"name": "domctl createdomain", "count": 1, "ms": 1.0},
@@ -45,6 +45,8 @@ def test_counts() -> None:
         ],
         "hypercalls_total": 3,
         "frames_mapped": 0x67 + 4,
+        "bus_requests": {"WRITE": 2, "READ": 1},
+        "bus_requests_total": 3,
         "kernel_bus_requests": 1,
         "forks": 1,
         "programs": {"/bin/sh": 1},
@@ -61,12 +63,37 @@ def test_a_table_of_two() -> None:
     found = counting.count(TRACE.splitlines())
     lines = countview.lines({"warm": counting.count([]), "xl": found})
     assert lines[0].split() == ["warm", "xl"]
+    assert next(line for line in lines if line.startswith("requests to the bus")).split()[4:] == [
+        "-", "-",
+    ]  # fmt: skip
+    assert "REQUESTS TO THE BUS" not in lines
     mapped = next(line for line in lines if line.startswith("guest frames mapped"))
     assert mapped.split() == ["guest", "frames", "mapped", "0", "107"]
     assert lines[lines.index("PROGRAMS RUN") + 1].split() == ["/bin/sh", "-", "1"]
     assert next(line for line in lines if "createdomain" in line).split() == [
         "domctl", "createdomain", "-", "1", "1.000",
     ]  # fmt: skip
+
+
+def test_requests_have_their_names() -> None:
+    lines = countview.lines({"xl": counting.count([], {"WRITE": 12})})
+    assert lines[lines.index("REQUESTS TO THE BUS") + 1].split() == ["WRITE", "12"]
+
+
+LOG = """\
+
+***
+OUT 0x55d01c0 20261122 14:20:01 CONTROL (OK )
+IN 0x55d01c0 20261122 14:20:01 READ (/local/domain/1 )
+OUT 0x55d01c0 20261122 14:20:01 READ (web )
+io: IN 0x55d02a0 20261122 14:20:01 TRANSACTION_START ( )
+io: IN 0x55d02a0 20261122 14:20:01 READ (/local/domain/1/name )
+IN 0x55d01c0 20261122 14:20:02 CONTROL (log off )
+"""
+
+
+def test_xenstored_s_log_is_read() -> None:
+    assert buscount.read_log(LOG.splitlines()) == {"READ": 2, "TRANSACTION_START": 1}
 
 
 @given(st.lists(st.sampled_from(TRACE.splitlines()) | st.text()))

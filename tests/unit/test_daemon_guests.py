@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import uuid
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from chaos.daemon import guests as module
 from chaos.daemon.guests import EVENTS_FREE, Guest, Guests
 from chaos.domconfig import DomainConfig
 from chaos.registry import RUNNING, Record, Registry
+from chaos.vifspec import VifConfig
 from noxs.abi import STATE_READY
 from noxs.page import GUEST, GUEST_OFFSET
 from xenctypes.errors import CallFailed
@@ -44,6 +46,7 @@ class Lab:
         self.consoles = None
         self.told: list[tuple[str, dict[str, Any], bool]] = []
         self.lines: list[str] = []
+        self.on_the_bus: list[tuple[str, list[bytes]]] = []
         self.again: list[str] = []
         self.loop = asyncio.get_running_loop()
         self.news = asyncio.Event()
@@ -72,6 +75,9 @@ class Lab:
         """Nobody listens."""
 
     consoles_remove = write_ready = consoles_add
+
+    def tell_the_bus(self, guest: Guest, macs: list[bytes]) -> None:
+        self.on_the_bus.append((guest.uuid, macs))
 
     async def create_again(self, config: DomainConfig, uuid: bytes) -> Guest:
         self.again.append(config.name)
@@ -256,6 +262,111 @@ def test_a_guest_that_is_destroyed_while_its_death_is_seen_to_is_not_restarted(
     run(test)
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["daemon", "command"])
+@pytest.mark.parametrize(
+    ("reason", "failing"),
+    [(3, "domain_destroy"), (0, "domain_sethandle")],
+    ids=["restart", "rename"],
+)
+def test_an_end_that_is_late_is_not_another_s(
+    run: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    reason: int,
+    failing: str,
+    *,
+    ours: bool,
+) -> None:
+    """Somebody ended the dead domain meanwhile, and made another of the same UUID."""
+
+    async def test(lab: Lab) -> None:
+        guests = lab.guests
+        record = lab.record(shutdown=True, shutdown_reason=reason)
+        lab.adopted(record).born -= 2 * afterlife.YOUNG
+
+        def delay(failures: int) -> float:
+            if failures:
+                lab.xen.failing.clear()
+                guests.restarts.call_off("web")
+                guests.ended(A, record.domid)
+                lab.xen.domain_destroy(record.domid)
+                with lab.names.entry(A) as entry:
+                    lab.names.forget(entry, record)
+                lab.again.append(str(lab.record().domid))
+                if ours:
+                    again = lab.names.read(A)
+                    assert again is not None
+                    guests.add(Guest(again, DomainConfig(name="web", memory=4)))
+            return 0.0
+
+        monkeypatch.setattr(afterlife, "delay", delay)
+        lab.xen.failing[failing] = BUSY
+        guests._look_now()
+        await lab.tasks[0]
+        assert lab.again == ["2"]
+        assert list(lab.xen.domains) == [2]
+        assert str(uuid.UUID(bytes=lab.xen.domains[2].uuid)) == lab.names.uuid_of("web") == A
+        assert lab.kinds()[-1] == "restart called off"
+        guests._seen_mtime = os.stat(f"{lab.names.path}/domains").st_mtime_ns
+        await guests.notice_others()
+        assert guests.by_uuid[A].domid == 2
+        lab.xen.domains[2].shutdown = True
+        assert [guest.domid for guest, _ in guests._news()] == [2]  # its death is its own
+
+    run(test)
+
+
+def test_only_the_domain_of_that_number_is_destroyed(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        record = lab.record()
+        module._destroy(lab.host, lab.names, A, record.domid + 1)
+        assert lab.names.read(A) == record
+        module._destroy(lab.host, lab.names, A, record.domid)
+        assert lab.xen.domains == {}
+        assert lab.names.uuids() == []
+
+    run(test)
+
+
+def test_whoever_waits_for_a_restart_hears_that_there_is_none(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        record = lab.record(shutdown=True, shutdown_reason=3)
+        lab.adopted(record).born -= 2 * afterlife.YOUNG
+
+        async def fail(*_: object) -> Guest:
+            raise OSError(errno.ENOSPC, "no room")
+
+        lab.create_again = fail  # type: ignore[method-assign]
+        lab.guests._look_now()
+        await lab.tasks[0]
+        kind, data, _ = lab.told[-1]
+        assert (kind, data["uuid"]) == ("restart failed", A)
+        assert "no room" in data["what"]
+        # Destroyed before anything was planned.
+        record = lab.record(shutdown=True, shutdown_reason=3)
+        lab.adopted(record)
+        lab.guests._look_now()
+        with lab.names.entry(A) as entry:
+            lab.names.forget(entry, record)
+        await lab.tasks[1]
+        assert lab.told[-1][:2] == ("restart called off", {"name": "web", "uuid": A})
+
+    run(test)
+
+
+def test_the_bus_is_told_of_those_that_a_killed_daemon_left(run: Callable[..., None]) -> None:
+    async def test(lab: Lab) -> None:
+        record = lab.record()
+        record.macs = ["00:16:3e:00:00:01"]
+        vifs = (VifConfig(),)
+        record.config = DomainConfig(name="web", memory=4, vifs=vifs).as_dict()
+        with lab.names.entry(A) as entry:
+            entry.write(record)
+        await lab.guests.adopt_all()
+        assert lab.on_the_bus == [(A, [bytes.fromhex("00163e000001")])]
+
+    run(test)
+
+
 def test_destroyed_is_told_when_it_is(run: Callable[..., None]) -> None:
     async def test(lab: Lab) -> None:
         guest = lab.adopted(lab.record())
@@ -277,9 +388,11 @@ def test_what_a_verb_destroyed_is_let_go_of_at_once_and_told_once(run: Callable[
     async def test(lab: Lab) -> None:
         lab.adopted(lab.record())
         lab.xen.domains.clear()
-        lab.guests.ended(A)
+        lab.guests.ended(A, 7)  # the UUID was another domain's then
+        assert lab.xen.mapped != []
+        lab.guests.ended(A, 1)
         assert lab.xen.mapped == []
-        lab.guests.ended(A)
+        lab.guests.ended(A, 1)
         lab.guests._look_now()
         assert lab.kinds().count("destroyed") == 1
         assert lab.tasks == []

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -220,6 +221,31 @@ def test_adopt_wants_a_readable_descriptor(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(fd)
     image.adopt_image(os.open(path, os.O_RDONLY), str(path)).close()
+
+
+def test_a_digest_is_of_what_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = tmp_path / "kernel", 0
+    path.write_bytes(elf())
+    pread = os.pread
+
+    def counted(fd: int, length: int, offset: int) -> bytes:
+        nonlocal read
+        data = pread(fd, length, offset)
+        read += len(data)
+        return data
+
+    monkeypatch.setattr(os, "pread", counted)
+    with image.open_image(str(path)) as opened:
+        before = image.digest([opened])
+        os.truncate(path, 1 << 24)
+        read = 0
+        assert image.digest([opened]) == before
+        assert read == opened.size < 1 << 20
+    data = elf().ljust(3 << 20, b"x")
+    path.write_bytes(data)
+    with image.open_image(str(path)) as opened:
+        found = hashlib.sha256(len(data).to_bytes(8, "little") + data).digest()
+        assert image.digest([opened]) == found
 
 
 def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_report_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     raw = tmp_path / benchmarks.RAW
     part = {
-        "result": {"against": {"categories": {}}}, "seconds": 1, "date": "2026-01-02",
+        "result": {"spawn": [1.0], "samples": {}}, "seconds": 1, "date": "2026-01-02",
         "commit": "abc", "debian": "12", "machine": benchmarks.machine(), "command": "x",
         "options": {},
     }  # fmt: skip
@@ -87,3 +87,12 @@ def test_quick_fails_for_one_ratio_that_is_worse(
 
 def test_quick_fails_when_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick(monkeypatch, None) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--quick --only sizes", "--quick --output x", "--keep x --output y", "--keep x --quick"],
+)
+def test_options_that_would_be_ignored_are_refused(words: str) -> None:
+    with pytest.raises(SystemExit):
+        benchmarks.main(words.split())

@@ -65,14 +65,20 @@ def everything() -> dict[str, Any]:
     ]  # fmt: skip
     density = {
         "rounds": {"tiny": rounds, "daytime": []},
-        "per_guest": {"tiny": {"guest": 1024.0, "run_files": 4.5}},
+        "per_guest": {
+            "tiny": {"guest": 1024.0, "dom0_kernel": 12.5, "dom0_kernel_slab": 12.0, "files": 4.5}
+        },
         "ping": {"asked": 1000, "answered": 999},
     }
-    against = {"toolstack": "xl", "categories": {"bus": {"median_ms": 600.0, "p99_ms": 700.0}}}
+    samples = [
+        {"source": source, "caller_ms": 660.0, "logged_ms": 900.0, "profile": {"steps": [
+            {"name": "store", "phase": "xl create", "category": "bus", "start_ns": 1, "ms": 900.0},
+        ], "ready_ms": None}} for source in ("xl", "cold")
+    ]  # fmt: skip
     return {
         "noxs": part("noxs", comparison(xenstored=False)),
         "xenstored": part("xenstored", comparison(xenstored=True)),
-        "profile": part("profile", {"against": against}),
+        "profile": part("profile", {"spawn": [50.0, 60.0, 70.0], "samples": {"1": samples}}),
         "sizes": part("sizes", sizes),
         "density": part("density", density),
     }
@@ -131,6 +137,9 @@ def test_the_report() -> None:
     assert "sizes.svg" not in text  # what was not drawn is not shown
     assert "8,000 guests `tiny`" in text
     assert "999 of 1000 guests" in text
+    assert "| 1,024.0 | 12.5, of which slab 12.0 | 4.5 |" in text
+    assert "| xl, 1 vif |  |  | 11.0x |" in text  # scaled to what it takes without its log
+    assert "a warm shell, the last of 8,000 tiny | 0.56x |" in text
     assert "scripts/lab run -- density" in text
     assert "a cpu, 2 processors, 24 GiB" in text
     assert text.count("## ") == 8
@@ -156,6 +165,7 @@ def test_pictures(tmp_path: Path) -> None:
     for name, picture in before.items():
         assert (tmp_path / f"{name}.svg").read_bytes() == picture, f"{name} differs by itself"
         assert b"process" in picture  # the axis says what it counts
+    assert b"the paper's LightVM" in before["growth"]
     assert plots.draw({"profile": everything()["profile"]}, tmp_path) == []
 
 

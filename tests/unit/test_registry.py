@@ -42,6 +42,12 @@ def test_a_taken_name_or_uuid_is_refused_and_leaves_nothing(names: Registry) -> 
     assert os.listdir(f"{names.path}/domains") == [A]
 
 
+def test_what_can_be_no_path_is_nobody_s_name(names: Registry) -> None:
+    names.prepare()
+    for name in ("a\0b", "\ud800", "a" * 300):
+        assert names.uuid_of(name) is None
+
+
 def test_a_name_that_is_taken_waits_for_no_lock(names: Registry) -> None:
     """Its holder may be waiting for netback, and chaosd's loop asks."""
     names.reserve(Record(A, "web")).close()

@@ -230,6 +230,14 @@ def test_control(store: Store, tool: Peer) -> None:
     assert tool.ask(wire.CONTROL, b"live-update\0") == [b"EINVAL\0"]
 
 
+def test_requests_are_counted_by_type(store: Store, tool: Peer) -> None:
+    del store
+    tool.ask(wire.READ, b"/nowhere\0")
+    tool.ask(wire.WRITE, b"/a\0b")
+    tool.ask(wire.READ, b"/a\0")
+    assert tool.ask(wire.CONTROL, b"count\0") == [b"READ 2\nWRITE 1\nCONTROL 1\n\0"]
+
+
 def test_a_bug_costs_one_request_and_not_every_start_from_the_journal(
     store: Store, tool: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import stat
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from chaosd_peer import PATIENCE, Lab, holds, run
 
 from chaos import frames
-from chaos.daemon import server
+from chaos.daemon import batches, core, server
+from chaos.daemon.guests import Guest
 from chaos.daemon.rights import Peer
 from chaos.daemon.server import NOBODY, listen
+from chaos.domconfig import DomainConfig
+from chaos.registry import RUNNING, Entry, Record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,6 +121,47 @@ def test_without_the_group_the_socket_is_root_s_alone(
     listener, gid = listen(str(tmp_path / "other"), "no-such-group-as-this")
     listener.close()
     assert gid == NOBODY
+
+
+def test_what_was_gathered_is_done_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what comes behind a guest for whose record there is no room."""
+    monkeypatch.setattr(batches, "DELAY", 3600.0)
+    monkeypatch.setattr(batches, "LATEST", 3600.0)
+    write, told = Entry.write, []
+
+    def full(entry: Entry, record: Record) -> None:
+        if record.name == "web-1":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(entry, record)
+
+    monkeypatch.setattr(Entry, "write", full)
+    monkeypatch.setattr(core, "announce", lambda *what: told.append(what[2:]))
+
+    async def story(lab: Lab) -> None:
+        daemon = lab.daemon
+        monkeypatch.setattr(daemon.pool, "close", partial(asyncio.sleep, 0))
+        daemon.beside_xenstored = True
+        uuids = [f"00000000-0000-4000-8000-00000000000{number}" for number in (1, 2)]
+        for domid, uuid in enumerate(uuids, 1):
+            record = Record(uuid, f"web-{domid}", RUNNING, domid, noxs=True)
+            daemon.names.reserve(record).close()
+            guest = Guest(record, DomainConfig(name=record.name, memory=4))
+            guest.ready_ms = 1.5
+            daemon.guests.add(guest)
+            daemon.write_ready(guest)
+            daemon.tell_the_bus(guest, [])
+        await asyncio.sleep(0)
+        await daemon.close()
+        assert told == [(1, uuids[0]), (2, uuids[1])]
+        first, second = (daemon.names.read(uuid) for uuid in uuids)
+        assert first is not None
+        assert second is not None
+        assert (first.ready_ms, second.ready_ms) == (None, 1.5)
+        assert daemon.lines == []
+
+    run(tmp_path, story)
 
 
 @pytest.mark.parametrize("patient", [True, False])
