@@ -33,9 +33,8 @@ class BusCount:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[BusCount]:
-    """Count the requests of all clients while within; ``requests`` is there afterwards."""
-    found = BusCount()
+def counted(found: BusCount) -> Iterator[None]:
+    """Count the requests of all clients while within; they are in ``found`` afterwards."""
     with contextlib.ExitStack() as stack:
         try:
             bus = stack.enter_context(Bus.connect(patience=1))
@@ -44,11 +43,9 @@ def counted() -> Iterator[BusCount]:
                 stack.enter_context(_logged(bus, found))
         except BusError:
             before = None
-        yield found
+        yield
         if before is not None:
-            found.requests = _asked(bus)
-            if found.requests is not None:
-                found.requests -= before
+            found.requests = (_asked(bus) or before) - before
 
 
 def read_log(lines: Iterable[str]) -> Counter[str]:
@@ -73,15 +70,14 @@ def _asked(bus: Bus) -> Counter[str] | None:
 
 @contextlib.contextmanager
 def _logged(bus: Bus, found: BusCount) -> Iterator[None]:
-    """Have xenstored write its log meanwhile, unless it does so for somebody else. BusError."""
+    """Have xenstored write its log meanwhile. BusError, also if it does so for somebody else."""
     try:
         pid = Path(PID_FILE).read_text(encoding="ascii").strip()
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         arguments = []
     if any(word.partition(b"=")[0] in LOGS_ALREADY for word in arguments):
-        yield
-        return
+        raise BusError("xenstored writes its log for somebody else")
     with tempfile.TemporaryDirectory(prefix="chaos-bus-") as folder:
         log = Path(folder, "log")
         bus.control("logfile", str(log))

@@ -1,10 +1,10 @@
 """What a create asks of the hypervisor and of the kernel, counted by tracing the whole host.
 
 Counted are: hypercalls that programs make through privcmd, with their time (their names are those
-of the public headers); frames of guests that they map; requests to the bus, as its server counts
-them, and those of Dom0's kernel among them; system calls, by process and by kind; processes forked
-and programs run. What Dom0's kernel asks of the hypervisor for itself, or for a driver's ioctl
-(event channels, grants), is not a program's hypercall: those stand as ioctls.
+of the public headers); frames of guests that they map; requests of Dom0's kernel to the bus;
+system calls, by process and by kind; processes forked and programs run. What Dom0's kernel asks
+of the hypervisor for itself, or for a driver's ioctl (event channels, grants), is not a program's
+hypercall: those stand as ioctls.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from chaos import buscount
 from chaos.tracefs import probes, tracer
 from xenctypes.errors import ChaosError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
     Counts = dict[str, Any]
 
@@ -126,8 +125,8 @@ FIELDS = re.compile(r"(\w+)=(\w+)")
 UNKNOWN = "<...>"  # the kernel has forgotten the thread's name
 
 
-def count(lines: Iterable[str], requests: Mapping[str, int] | None = None) -> Counts:
-    """The counts of a trace, from its text, and those of the bus's server. Pure."""
+def count(lines: Iterable[str]) -> Counts:
+    """The counts of a trace, from its text. Pure."""
     calls: dict[str, list[int]] = {}
     begun: dict[str, tuple[str, int]] = {}
     processes: dict[str, Counter[str]] = {}
@@ -169,8 +168,6 @@ def count(lines: Iterable[str], requests: Mapping[str, int] | None = None) -> Co
         ],
         "hypercalls_total": sum(number for number, _ in calls.values()),
         "frames_mapped": totals["mapped"],
-        "bus_requests": None if requests is None else dict(Counter(requests).most_common()),
-        "bus_requests_total": None if requests is None else sum(requests.values()),
         "kernel_bus_requests": totals["bus"],
         "forks": totals["forks"],
         "programs": dict(programs.most_common()),
@@ -225,16 +222,15 @@ def counter() -> Iterator[tuple[Callable[[], contextlib.AbstractContextManager[N
 
         @contextlib.contextmanager
         def watched() -> Iterator[None]:
-            with buscount.counted() as bus:
-                found.write("trace", "")
-                found.switch(on=True)
-                try:
-                    yield
-                finally:
-                    found.switch(on=False)
+            found.write("trace", "")
+            found.switch(on=True)
+            try:
+                yield
+            finally:
+                found.switch(on=False)
             if lost := found.lost():
                 raise ChaosError(f"{lost} events did not fit the kernel's buffers")
-            counts.update(count(found.lines(), bus.requests))
+            counts.update(count(found.lines()))
             if not has_kernel:
                 counts["kernel_bus_requests"] = None
 

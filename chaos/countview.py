@@ -31,7 +31,8 @@ def lines(found: Mapping[str, Counts]) -> list[str]:
 
 def _rows(every: Sequence[Counts]) -> Iterator[tuple[str, ...]]:
     for text, key in TOTALS:
-        yield text, *("-" if counts[key] is None else str(counts[key]) for counts in every)
+        found = [counts.get(key) for counts in every]
+        yield text, *("-" if number is None else str(number) for number in found)
     yield ("",) * (len(every) + 1)
     yield "HYPERCALLS (number, ms)", *("" for _ in every)
     calls = [{row["name"]: row for row in counts["hypercalls"]} for counts in every]
@@ -43,7 +44,8 @@ def _rows(every: Sequence[Counts]) -> Iterator[tuple[str, ...]]:
                 for rows in calls
             ),
         )
-    yield from _section("REQUESTS TO THE BUS", [counts["bus_requests"] or {} for counts in every])
+    asked = [counts.get("bus_requests") or {} for counts in every]
+    yield from _section("REQUESTS TO THE BUS", asked)
     processes = [counts["system_calls"] for counts in every]
     totals = [{name: sum(kinds.values()) for name, kinds in each.items()} for each in processes]
     yield from _section("SYSTEM CALLS, by process", totals)

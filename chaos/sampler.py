@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -150,10 +150,15 @@ def _pooled(
 
         def sample(around: AbstractContextManager[None] = UNWATCHED) -> Sample:
             (before,) = chaos.call("pool.wait", names=[flavour])
-            with around:
-                start = perf_counter_ns()
-                made = chaos.create(path, [*call.args.overrides], name=config.name)
-                elapsed = perf_counter_ns() - start
+            try:
+                with around:
+                    start = perf_counter_ns()
+                    made = chaos.create(path, [*call.args.overrides], name=config.name)
+                    elapsed = perf_counter_ns() - start
+            except (KeyboardInterrupt, SystemExit):
+                with held(), suppress(ChaosError):  # the daemon may have made it meanwhile
+                    chaos.call("destroy", domains=[config.name])
+                raise
             try:
                 if made["noxs"]:
                     seconds = call.args.ready_timeout

@@ -8,8 +8,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chaos import buscount, counting, countview, plot, profiling, schedule
 from chaos import config as configuration
-from chaos import counting, countview, plot, profiling, schedule
+from chaos.buscount import BusCount
 from chaos.cli import seconds as duration
 from chaos.progress import progress
 from chaos.sampler import own, xl_sampler
@@ -17,7 +18,7 @@ from xenctypes.errors import ChaosError, UsageError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.table import Table
 
@@ -162,24 +163,28 @@ def _count(call: Invocation, config: DomainConfig, path: str) -> int:
     with ExitStack() as stack:
         if args.against:
             other = xl_sampler(path, args.overrides, config.name)
-            with counting.counter() as (watched, counts):
-                other(watched())
-            found["xl"] = counts
+            counts = _counted(other)
         ours = stack.enter_context(own(call, config, path))
-        ours.sample()
-        with counting.counter() as (watched, counts):
-            made = ours.sample(watched())
-        mine = {made["source"]: counts}
+        source = ours.sample()["source"]
+        found[source] = _counted(ours.sample)
         if args.against:
-            with counting.counter() as (watched, counts):
-                ours.command(watched())
-            mine[ours.shown] = counts
-        found = mine | found
+            found |= {ours.shown: _counted(ours.command), "xl": counts}
     if args.json:
         call.print_json(found)
     else:
         call.print(*countview.lines(found))
     return 0
+
+
+def _counted(create: Callable[..., object]) -> Counts:
+    """What one create asks for, and what another one asks of the bus: to know that takes work."""
+    with counting.counter() as (watched, counts):
+        create(watched())
+    bus = BusCount()
+    create(buscount.counted(bus))
+    counts["bus_requests"] = bus.requests
+    counts["bus_requests_total"] = None if bus.requests is None else bus.requests.total()
+    return counts
 
 
 class Found(NamedTuple):

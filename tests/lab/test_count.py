@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import threading
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from chaosd import GUESTS, filled, running
 from chaos.client import Chaos
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from chaos.host import Host
@@ -32,6 +33,7 @@ class Terminal:
     def __init__(self) -> None:
         self._ours, self.fd = pty.openpty()
         self._shown = b""
+        self._more = threading.Condition()
         self._end = os.eventfd(0)
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -40,9 +42,16 @@ class Terminal:
         while True:
             ready = select.select([self._ours, self._end], [], [])[0]
             if self._ours in ready:
-                self._shown += os.read(self._ours, 65536)
+                with self._more:
+                    self._shown += os.read(self._ours, 65536)
+                    self._more.notify_all()
             elif ready:
                 return
+
+    def until(self, shows: Callable[[str], bool]) -> None:
+        """Wait until what was shown is so."""
+        with self._more:
+            assert self._more.wait_for(lambda: shows(self._shown.decode()), PATIENCE), self._shown
 
     def shown(self) -> str:
         """All of it; no more is shown from now on."""
@@ -53,19 +62,25 @@ class Terminal:
         return self._shown.decode()
 
 
-def command(*argv: str) -> tuple[int, list[str], str]:
-    """Run a command at a terminal: its status, the lines it printed to a pipe, what it showed."""
+def command(*argv: str, until: Callable[[str], bool] | None = None) -> tuple[int, list[str], str]:
+    """Run a command at a terminal: its status, the lines it printed to a pipe, what it showed.
+
+    ``until``: what it shows when it is interrupted.
+    """
     terminal = Terminal()
     try:
-        run = subprocess.run(
+        with subprocess.Popen(
             ["chaos", *argv],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=terminal.fd,
-            text=True, check=False, timeout=PATIENCE,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=terminal.fd, text=True,
             env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
-        )  # fmt: skip
+        ) as run:  # fmt: skip
+            if until is not None:
+                terminal.until(until)
+                run.send_signal(signal.SIGINT)
+            printed, _ = run.communicate(timeout=PATIENCE)
     finally:
         shown = terminal.shown()
-    return run.returncode, run.stdout.splitlines(), shown
+    return run.returncode, printed.splitlines(), shown
 
 
 @pytest.fixture
@@ -138,9 +153,12 @@ def test_many_are_shut_down(nothing_left: None, config: str) -> None:
         for name in ("web-3", "web-4"):
             assert chaos.call("wait", domain=name, timeout=60)["outcome"] == "ready"
             chaos.pause(name)
-    status, lines, shown = command("shutdown", "-a", "-w", "--timeout=5")
+    showing = command(
+        "shutdown", "-a", "-w", until=lambda shown: "10/12" in bars(shown, "shutting down")
+    )
+    assert showing[0] == 130
+    status, lines, shown = command("shutdown", "-a", "-w", "--timeout=2")
     assert (status, lines) == (124, []), shown[-500:]
-    assert "10/12" in bars(shown, "shutting down")
     late = {f'chaos: domain "web-{n}" has not answered' for n in (3, 4)}
     assert late == set(re.findall(r"chaos: domain \S+ has not answered", shown))
     status, lines, shown = command("shutdown", "-a", "-w", "-q", "--timeout=2")

@@ -412,7 +412,8 @@ def test_commands_through_the_daemon(chaos: Chaos, warm: None) -> None:
     run = command("create", "examples/hello.cfg", "--count", "20", "--name", "fw-{n}", "--json")
     made = json.loads(run.stdout)
     assert [one["name"] for one in made] == [f"fw-{n}" for n in range(1, 21)]
-    assert all(one["profile"]["ready_ms"] > 0 for one in made)
+    # Xen's clock may stand still between two processors of an emulated machine.
+    assert all(one["profile"]["ready_ms"] >= 0 for one in made)
     assert command("wait", "fw-7").returncode == 0
     events = chaos.submit("events")
     assert command("pause", "fw-7").returncode == 0

@@ -36,7 +36,7 @@ old_pid=40
 
 
 def test_counts() -> None:
-    found = counting.count(TRACE.splitlines(), {"READ": 1, "WRITE": 2})
+    found = counting.count(TRACE.splitlines())
     assert found == {
         "hypercalls": [
             {"name": "domctl createdomain", "count": 1, "ms": 1.0},
@@ -45,8 +45,6 @@ def test_counts() -> None:
         ],
         "hypercalls_total": 3,
         "frames_mapped": 0x67 + 4,
-        "bus_requests": {"WRITE": 2, "READ": 1},
-        "bus_requests_total": 3,
         "kernel_bus_requests": 1,
         "forks": 1,
         "programs": {"/bin/sh": 1},
@@ -76,7 +74,8 @@ def test_a_table_of_two() -> None:
 
 
 def test_requests_have_their_names() -> None:
-    lines = countview.lines({"xl": counting.count([], {"WRITE": 12})})
+    counts = counting.count([]) | {"bus_requests": {"WRITE": 12}, "bus_requests_total": 12}
+    lines = countview.lines({"xl": counts})
     assert lines[lines.index("REQUESTS TO THE BUS") + 1].split() == ["WRITE", "12"]
 
 
