@@ -51,7 +51,11 @@ class Terminal:
     def until(self, shows: Callable[[str], bool]) -> None:
         """Wait until what was shown is so."""
         with self._more:
-            assert self._more.wait_for(lambda: shows(self._shown.decode()), PATIENCE), self._shown
+            # A character may have come in part.
+            waited = self._more.wait_for(
+                lambda: shows(self._shown.decode(errors="ignore")), PATIENCE
+            )
+        assert waited, self._shown
 
     def shown(self) -> str:
         """All of it; no more is shown from now on."""
@@ -75,8 +79,10 @@ def command(*argv: str, until: Callable[[str], bool] | None = None) -> tuple[int
             env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
         ) as run:  # fmt: skip
             if until is not None:
-                terminal.until(until)
-                run.send_signal(signal.SIGINT)
+                try:
+                    terminal.until(until)
+                finally:
+                    run.send_signal(signal.SIGINT)
             printed, _ = run.communicate(timeout=PATIENCE)
     finally:
         shown = terminal.shown()
