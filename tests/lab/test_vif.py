@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from chaos.host import Host
 from chaos.registry import Registry
 from noxs.bus import Bus
 from noxs.session import Session
-from xenctypes.errors import StateError, StepError
+from xenctypes.errors import BusError, StateError, StepError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,7 +62,13 @@ def ask(address: str) -> bytes:
 def tree(bus: Bus, path: str = "/local/domain") -> set[str]:
     """Every node below ``path`` that belongs to a guest or its backends."""
     found = set()
-    for name in bus.directory(path):
+    try:
+        names = bus.directory(path)
+    except BusError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return found  # it has gone since it was listed
+    for name in names:
         child = f"{path}/{name}"
         found.add(child)
         found |= tree(bus, child)
