@@ -52,7 +52,6 @@ from typing import TYPE_CHECKING, Any
 from dom0 import (
     TREE,
     Asker,
-    awaited,
     connect,
     filled,
     rest,
@@ -64,6 +63,7 @@ from dom0 import (
 from figures import clock, local, spawn, spawn_all
 
 from chaos.host import Host
+from chaos.profiling import waited
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -266,11 +266,7 @@ class Comparison:
             raise SystemExit(f"{name} did not get ready")
         self._add(f"{who}/{vifs}vif/{end}", elapsed)
         if end == "returned" and not self.guests:
-            sums: dict[str, float] = {}
-            for step in awaited(made, cold=who == "cold"):
-                sums[step["category"]] = sums.get(step["category"], 0.0) + step["ms"]
-            # As profiling.categories has it: what is in no step is the toolstack's.
-            sums["toolstack"] = sums.get("toolstack", 0.0) + max(0.0, elapsed - sum(sums.values()))
+            sums = waited({"source": who, "caller_ms": elapsed, "profile": made["profile"]})
             sums = {name: round(total, 4) for name, total in sums.items()}
             self.categories.setdefault(f"{who}/{vifs}vif", []).append(sums)
 

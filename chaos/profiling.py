@@ -79,20 +79,26 @@ def _boot(sample: Sample) -> list[dict[str, Any]]:
     return [{"name": READY, "phase": BOOT, "category": BOOT, "start_ns": start, "ms": ready}]
 
 
-def categories(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Of each category that took part, the time of one create while somebody waited for it.
+def waited(sample: Sample) -> dict[str, float]:
+    """Milliseconds that the caller of one create waited, by category, without the guest's boot.
 
-    What the caller waited besides is the toolstack's: the request, its reading, and the reply.
+    What is in no step is the toolstack's: the request, its reading, and the reply.
     """
+    sums: dict[str, float] = {}
+    for step in sample["profile"]["steps"]:
+        if step["phase"] != PREPARE or sample["source"] == "cold":
+            sums[step["category"]] = sums.get(step["category"], 0.0) + step["ms"]
+    if "logged_ms" not in sample:  # of what a log tells, all is in a step
+        besides = sample["caller_ms"] - sum(sums.values())
+        sums[TOOLSTACK] = sums.get(TOOLSTACK, 0.0) + max(0.0, besides)
+    return sums
+
+
+def categories(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """Of each category that took part, the time of one create while somebody waited for it."""
     found: dict[str, list[float]] = {}
     for sample in samples:
-        sums: dict[str, float] = {}
-        for step in sample["profile"]["steps"]:
-            if step["phase"] != PREPARE or sample["source"] == "cold":
-                sums[step["category"]] = sums.get(step["category"], 0.0) + step["ms"]
-        if "logged_ms" not in sample:  # of what a log tells, all is in a step
-            besides = sample["caller_ms"] - sum(sums.values())
-            sums[TOOLSTACK] = sums.get(TOOLSTACK, 0.0) + max(0.0, besides)
+        sums = waited(sample)
         for step in _boot(sample):
             sums[BOOT] = step["ms"]
         for category, total in sums.items():
