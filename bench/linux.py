@@ -35,6 +35,7 @@ sys.path.append(str(TREE / "tests/lab"))  # the kernel and the ramdisk are those
 from stock import initramfs, unpacked
 
 from chaos.host import Host
+from xenctypes.public import SHUTDOWN_poweroff
 
 INIT = "#!/bin/busybox sh\nexec /bin/busybox poweroff -f\n"
 MEMORY = 128
@@ -105,7 +106,9 @@ class Bench:
             spawn(tool, "create", "-q", path)
         returned = perf_counter_ns()
         deadline = time.monotonic() + PATIENCE
-        while not any(info.shutdown for info in self.host.ctrl.domain_list()):
+        while not any(
+            info.shutdown_reason == SHUTDOWN_poweroff for info in self.host.ctrl.domain_list()
+        ):
             if time.monotonic() > deadline:
                 raise SystemExit(f"{name} does not get to userland")
             time.sleep(0.001)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from noxs.bus import Bus, Transaction
 
@@ -50,16 +50,26 @@ def offer(bus: Bus, domid: int, devices: Sequence[Device], *, shared: bool) -> N
     """
     if not devices:
         return
-    first = devices[0]
-    written = f"{backend_path(domid, first.kind, first.devid)}/frontend-id"
 
     def write(tx: Transaction) -> None:
-        # After a commit whose reply was lost, writing again would undo what the driver did since.
-        if tx.get(written) is None:
-            for device in devices:
-                _write(tx, domid, device, shared=shared)
+        for device in devices:
+            _write(tx, domid, device, shared=shared)
 
-    bus.transact(write, repeatable=True)
+    make(bus, domid, devices[0].kind, devices[0].devid, write)
+
+
+def make(bus: Bus, domid: int, kind: str, devid: int, write: Callable[[Transaction], None]) -> None:
+    """Have ``write`` make the nodes of devices, of which this is one, at once. Raises BusError.
+
+    Not again after a commit whose reply was lost: that would undo what the drivers did since.
+    """
+    made = f"{backend_path(domid, kind, devid)}/frontend-id"
+
+    def unless_made(tx: Transaction) -> None:
+        if tx.get(made) is None:
+            write(tx)
+
+    bus.transact(unless_made, repeatable=True)
 
 
 def _write(tx: Transaction, domid: int, device: Device, *, shared: bool) -> None:

@@ -24,7 +24,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chaos import backend
+from chaos import backend, device
 from chaos.backend import CLOSED, CLOSING, CONNECTED
 from chaos.device import DOM0, INITIALISING, Device, backend_path, frontend_path
 from noxs import abi, blockdev, hotplug
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from chaos.diskspec import DiskConfig
     from chaos.host import Host
     from chaos.registry import Registry
-    from noxs.bus import Bus, Transaction
+    from noxs.bus import Bus
 
 KIND = "vbd"
 PAGES = 1  # the ring
@@ -327,14 +327,7 @@ def announce(bus: Bus, domid: int, disks: Sequence[PreparedDisk]) -> None:
     """Write the nodes of ``disks``, for xendevd and blkback to see."""
     disconnect_all(bus, domid)  # a domid comes round again: nothing of its last owner may count
     pairs = [pair for disk in disks for pair in nodes(domid, disk)]
-    written = f"{backend_path(domid, KIND, disks[0].config.devid)}/frontend-id"
-
-    def write(tx: Transaction) -> None:
-        # After a commit whose reply was lost, writing again would undo what blkback did since.
-        if tx.get(written) is None:
-            tx.write_many(pairs)
-
-    bus.transact(write, repeatable=True)
+    device.make(bus, domid, KIND, disks[0].config.devid, lambda tx: tx.write_many(pairs))
 
 
 def connect(bus: Bus, domid: int, disks: Sequence[PreparedDisk]) -> list[PreparedDisk]:
@@ -444,8 +437,8 @@ def _loop_files(bus: Bus, domid: int, devids: Sequence[int]) -> Iterator[tuple[s
     paths = [backend_path(domid, KIND, devid) for devid in devids]
     kinds = bus.read_many(f"{path}/type" for path in paths)
     devices = bus.read_many(f"{path}/{hotplug.PHYSICAL_DEVICE}" for path in paths)
-    for kind, device in zip(kinds, devices, strict=True):
-        major, _, minor = (device or "").partition(":")
+    for kind, number in zip(kinds, devices, strict=True):
+        major, _, minor = (number or "").partition(":")
         if kind == hotplug.TYPE_FILE and major == f"{blockdev.MAJOR:x}" and minor:
             path = f"{blockdev.SYSFS}/loop{int(minor, 16)}/loop/backing_file"
             if file := _read(path):

@@ -285,14 +285,7 @@ def announce(bus: Bus, domid: int, name: str, vifs: Sequence[PreparedVif]) -> No
     """Write the nodes of ``vifs``, for xendevd and netback to see."""
     disconnect_all(bus, domid)  # a domid comes round again: nothing of its last owner may count
     pairs = [pair for vif in vifs for pair in nodes(domid, name, vif)]
-    written = f"{backend_path(domid, vifs[0].config.devid)}/frontend-id"
-
-    def write(tx: Transaction) -> None:
-        # After a commit whose reply was lost, writing again would undo what netback did since.
-        if tx.get(written) is None:
-            tx.write_many(pairs)
-
-    bus.transact(write, repeatable=True)
+    device.make(bus, domid, KIND, vifs[0].config.devid, lambda tx: tx.write_many(pairs))
 
 
 def connect(bus: Bus, domid: int, vifs: Sequence[PreparedVif]) -> list[PreparedVif]:
