@@ -145,19 +145,24 @@ def _pooled(
 ) -> Iterator[Own]:
     """From a flavour of its own, which goes in the end."""
     flavour = f"profile-{os.getpid()}"
-    chaos.call("pool.add", flavour=_flavour(config, flavour, kind))
+    overrides = [*call.args.overrides, f'name="{config.name}"']
+    with held():  # not given up while it is added: what is below removes it
+        chaos.call("pool.add", flavour=_flavour(config, flavour, kind))
     try:
 
         def sample(around: AbstractContextManager[None] = UNWATCHED) -> Sample:
             (before,) = chaos.call("pool.wait", names=[flavour])
+            wanted = None
             try:
                 with around:
                     start = perf_counter_ns()
-                    made = chaos.create(path, [*call.args.overrides], name=config.name)
+                    wanted = chaos.submit("create", path=os.fsencode(path), overrides=overrides)
+                    made: Sample = wanted.result()
                     elapsed = perf_counter_ns() - start
             except (KeyboardInterrupt, SystemExit):
-                with held(), suppress(ChaosError):  # the daemon may have made it meanwhile
-                    chaos.call("destroy", domains=[config.name])
+                with held(), suppress(ChaosError):
+                    if wanted is not None:  # the daemon makes it all the same
+                        _last("destroy", domains=[wanted.result()["uuid"]])
                 raise
             try:
                 if made["noxs"]:
@@ -165,8 +170,7 @@ def _pooled(
                     outcome = chaos.call("wait", domain=made["uuid"], timeout=seconds)
                     made["profile"]["ready_ms"] = outcome["ready_ms"]
             finally:
-                with held():
-                    chaos.call("destroy", domains=[made["uuid"]])
+                _last("destroy", domains=[made["uuid"]])
             (after,) = (f for f in chaos.call("pool.list") if f["name"] == flavour)
             if after["served"] == before["served"]:
                 raise StateError(
@@ -183,8 +187,15 @@ def _pooled(
 
         yield Own(sample, command, "chaos create")
     finally:
-        with held():
-            chaos.call("pool.remove", name=flavour)
+        _last("pool.remove", name=flavour)
+
+
+def _last(method: str, **params: Any) -> None:
+    """Tidy up, on a connection of its own: a Ctrl-C may have cost the other one."""
+    from chaos.client import Chaos
+
+    with held(), Chaos() as chaos:
+        chaos.call(method, **params)
 
 
 def _flavour(config: DomainConfig, name: str, kind: str) -> dict[str, Any]:
