@@ -158,9 +158,23 @@ class Published:
     row: Row
     approximate: bool = False
 
+    @property
+    def claim(self) -> str:
+        """In words."""
+        about = "about " if self.approximate else ""
+        return f"{self.what}: {about}{self.ms:g} ms ({self.source})"
+
+    @property
+    def over_a_process(self) -> str:
+        """In multiples of a process, in words."""
+        return times(self.ms / PAPER_PROCESS_MS)
+
 
 PAPER_PROCESS_MS = 1.0
 """fork and exec on Linux, in the paper's abstract."""
+
+THOUSANDTH = Published("9", "LightVM, daytime, the 1,000th guest", 4.1, "section 6.1", "noxs",
+                       Row("command", 1, guests=1000))  # fmt: skip
 
 PAPER = (
     Published("4", "Docker", 150, "section 4.2", "xenstored", Row("runc"), True),
@@ -173,8 +187,7 @@ PAPER = (
               Row("cold", 1), True),
     Published("9", "LightVM, daytime, the first guest", 4, "section 6.1", "noxs",
               Row("command", 1)),
-    Published("9", "LightVM, daytime, the 1,000th guest", 4.1, "section 6.1", "noxs",
-              Row("command", 1, guests=1000)),
+    THOUSANDTH,
     Published("9", "LightVM, no devices, a kernel that does nothing", 2.3,
               "abstract, section 6.1", "noxs", Row("command", 0, "ready")),
     Published("10", "Docker, the 3,000th container", 1000, "section 6.1", "xenstored",

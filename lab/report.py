@@ -12,6 +12,7 @@ from lab.figures import (
     PAPER,
     PAPER_PROCESS_MS,
     PROCESS,
+    THOUSANDTH,
     Comparison,
     Row,
     ms,
@@ -325,12 +326,10 @@ def _paper(found: Mapping[str, Comparison], parts: Parts) -> list[str]:
     for claim in PAPER:
         comparison = found.get(claim.host)
         ours = comparison.over_a_process(claim.row) if comparison else None
-        said = f"{'about ' if claim.approximate else ''}{claim.ms:g} ms"
         vifs = "" if claim.row.vifs is None else f", {claim.row.vifs} vif"
         beside = f", beside {claim.row.guests}" if claim.row.guests else ""
         rows.append((
-            claim.figure, f"{claim.what}: {said} ({claim.source})",
-            times(claim.ms / PAPER_PROCESS_MS),
+            claim.figure, claim.claim, claim.over_a_process,
             f"{WHO[claim.row.who]}{vifs}{beside}" if ours else "",
             times(ours),
         ))  # fmt: skip
@@ -359,15 +358,15 @@ def _crowded(parts: Parts) -> Iterator[tuple[str, str, str, str, str]]:
     """Of figures 9 and 10, what the rounds of bench/density.py have."""
     every = density_rounds(parts)
     process = density_process(parts)
-    for figure, kind, paper in (
-        ("9", "daytime", "LightVM, daytime, the 1,000th guest: 4.1 ms (section 6.1)"),
-        ("10", "tiny", "LightVM, 8,000 guests (section 6.1, no number in the text)"),
+    for figure, kind, paper, over in (
+        (THOUSANDTH.figure, "daytime", THOUSANDTH.claim, THOUSANDTH.over_a_process),
+        ("10", "tiny", "LightVM, 8,000 guests (section 6.1, no number in the text)", ""),
     ):
         if kind in every and process:
             last = every[kind][-1]
             beside = f" beside {every['tiny'][-1]['guests']:,} tiny" if kind == "daytime" else ""
             yield (
-                figure, paper, "4.10x" if kind == "daytime" else "",
+                figure, paper, over,
                 f"{WHO['warm']}, the last of {last['guests']:,} {kind}{beside}",
                 times(last["create"]["median_ms"] / process),
             )  # fmt: skip
