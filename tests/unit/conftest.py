@@ -1,10 +1,13 @@
-"""What all unit tests share: how hypothesis runs.
+"""What all unit tests share: how hypothesis runs, and that Ctrl-C counts.
 
 Examples have no deadline, for a busy machine is no bug. On CI they are the same in every run, so
 that a red run is the change's doing; elsewhere they are new each time, and find more.
+
+A shell has what it runs in the background ignore SIGINT; some tests send it.
 """
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -15,3 +18,4 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("project")
+signal.signal(signal.SIGINT, signal.default_int_handler)
