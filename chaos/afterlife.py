@@ -13,6 +13,8 @@ from chaos.domains import shutdown_name
 from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chaos.domconfig import DomainConfig
     from chaos.host import Host
     from chaos.registry import Record, Registry
@@ -54,17 +56,25 @@ def successor(config: DomainConfig, record: Record) -> DomainConfig:
     return replace(config, name=record.name, vifs=vifs)
 
 
-def set_aside(host: Host, names: Registry, uuid: str, domid: int) -> str:
+def set_aside(
+    host: Host,
+    names: Registry,
+    uuid: str,
+    domid: int,
+    ending: Callable[[Record], None],
+) -> str:
     """Keep a dead domain under another name and UUID, which is returned.
 
-    Its devices and its store are its successor's. Whatever its end was, it is preserved from now
-    on. Raises StateError if it is gone, whoever has its UUID then; what it did before another error
-    does no harm when it is called again.
+    Its devices and its store are its successor's: ``ending`` is told what it had. Whatever its end
+    was, it is preserved from now on. Raises StateError if it is gone, whoever has its UUID then;
+    what it did before another error does no harm when it is called again.
     """
     with names.owning(uuid) as entry:
         record = names.read(uuid)
         if record is None or record.domid != domid:
             raise StateError(f"domain {uuid} is gone")
+        if record.uuid == uuid:
+            ending(record)
         if record.macs or record.disks or record.store:
             for take in strip(host, record.domid, record):
                 take()

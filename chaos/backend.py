@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from errno import ETIMEDOUT
 from typing import TYPE_CHECKING
 
-from chaos.device import DOM0, backend_path, frontend_path
+from chaos.device import DOM0, INITIALISING, backend_path, frontend_path
 from noxs import hotplug
 from xenctypes.errors import BusError, DeviceError
 
@@ -50,12 +50,16 @@ def driven(domid: int, kind: str, devid: int) -> bool:
 
 
 def ask_to_close(bus: Bus, domid: int, kind: str, devid: int) -> bool:
-    """Have a running guest close a device; False if it does not in CLOSE_SECONDS. BusError."""
+    """Have a running guest close a device; False if it does not in CLOSE_SECONDS. BusError.
+
+    One that the guest has not begun to connect, having no driver for it, is as good as closed. What
+    a guest does not close in time is left in state 5, and goes when the guest lets go of it.
+    """
     back = backend_path(domid, kind, devid)
-    state = f"{back}/state"
+    state, front = f"{back}/state", f"{frontend_path(domid, kind, devid)}/state"
 
     def write(tx: Transaction) -> bool:
-        if tx.get(state) in {None, CLOSED}:
+        if tx.get(state) in {None, CLOSED} or tx.get(front) in {None, INITIALISING}:
             return False
         tx.write_many([(f"{back}/online", "0"), (state, CLOSING)])
         return True

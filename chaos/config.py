@@ -74,8 +74,8 @@ def load(
 
     Relative paths, ``path`` and those in the file, are relative to ``directory``, by default the
     working directory, as with xl; the result has absolute ones, and the metadata file's content.
-    With ``regular`` nothing but regular files is read, so that nobody is kept waiting. Raise
-    ConfigError.
+    With ``regular``, for another process, nothing but regular files is read, so that nobody is kept
+    waiting. Raise ConfigError.
     """
     directory = directory or os.getcwd()
     text = read(path, directory, regular=regular)
@@ -111,12 +111,8 @@ def with_metadata(config: DomainConfig, *, regular: bool = False) -> DomainConfi
 
 def _read(path: str, shown: str, limit: int, what: str, *, regular: bool) -> bytes:
     """At most ``limit`` bytes of a file; of a pipe as well, which never ends up in memory whole."""
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | (os.O_NONBLOCK | os.O_NOCTTY if regular else 0))
-
     try:
-        with open(path, "rb", opener=opener) as file:
+        with open(path, "rb", opener=_opener() if regular else None) as file:
             if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError(f"the {what} is no regular file", filename=printable(shown))
             data = file.read(limit + 1)
@@ -128,6 +124,12 @@ def _read(path: str, shown: str, limit: int, what: str, *, regular: bool) -> byt
         cause = f"the {what} is longer than {limit} bytes"
         raise ConfigError(cause, filename=printable(shown))
     return data
+
+
+def _opener() -> Callable[[str, int], int]:
+    from chaos.opening import open_for_others  # the command reads its files itself
+
+    return open_for_others
 
 
 def supported(config: DomainConfig) -> None:

@@ -91,6 +91,7 @@ class Creation:
     unpaused_ns: int = 0
     timings: list[Timing] = field(default_factory=list)
     metadata_room: int = 0  # bytes, for metadata that comes later
+    paused: bool = False  # it is to stay so
 
     def __post_init__(self) -> None:
         if self.config.uuid is not None:
@@ -567,6 +568,7 @@ def _record(creation: Creation) -> None:
     record.store_frame = loaded.store_frame
     record.store_port = creation.store_port
     record.store = creation.served
+    record.paused = creation.paused
     record.state = registry.RUNNING
     entry.write(record)
 

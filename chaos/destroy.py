@@ -19,12 +19,21 @@ if TYPE_CHECKING:
     from xenctypes.ctrl import DomainInfo
 
 
-def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False) -> None:
+def destroy(
+    host: Host,
+    names: Registry,
+    domain: Domain,
+    *,
+    force: bool = False,
+    wait: bool = False,
+    ending: Callable[[Record], None] | None = None,
+) -> None:
     """Destroy a domain and forget its name.
 
     Raises StateError for Domain-0, for a domain of another toolstack unless ``force``, and for
-    one that another command is building; CallFailed if the hypervisor refuses. Waits for whoever is
-    destroying it already.
+    one that another command is building or changing, unless ``wait``; CallFailed if the hypervisor
+    refuses. Waits for whoever is destroying it already. ``ending`` is told what the domain was at
+    its end, when nobody can change that any more.
     """
     if domain.domid == 0:
         raise StateError("Domain-0 is the host itself and cannot be destroyed")
@@ -44,13 +53,15 @@ def destroy(host: Host, names: Registry, domain: Domain, *, force: bool = False)
     if domain.record.state == registry.SHELL and names.daemon_runs():
         raise pooled(domain.domid)
     with names.entry(domain.uuid) as entry:
-        record = _take(names, entry, domain)
+        record = _take(names, entry, domain, wait=wait)
         if record is not None:
+            if ending is not None:
+                ending(record)
             end(host, domain.info, record)
             names.forget(entry, record)
 
 
-def _take(names: Registry, entry: Entry, domain: Domain) -> Record | None:
+def _take(names: Registry, entry: Entry, domain: Domain, *, wait: bool) -> Record | None:
     """Lock a domain for its end and write that down; None if another has ended it.
 
     Its UUID may be another domain's since.
@@ -75,7 +86,7 @@ def _take(names: Registry, entry: Entry, domain: Domain) -> Record | None:
             other = names.read(domain.uuid)
             if other is not None and _is_of_another(other, domain):
                 return None
-            if other is None or other.state != registry.ENDING:
+            if not wait and (other is None or other.state != registry.ENDING):
                 raise StateError(
                     f'domain "{domain.name}" is being created or changed', hint="wait for it"
                 )

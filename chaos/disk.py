@@ -420,30 +420,57 @@ def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:
     Then xendevd detaches their loop devices, which is waited for as long as it runs: the next guest
     may want the files. Raises DeviceError if one stays.
     """
-    files = dict(_loop_files(bus, domid, devids))
+    loops = list(_loops(bus, domid, devids))
     if devids:
         backend.close(bus, domid, KIND, devids)
     deadline = time.monotonic() + DETACH_TIMEOUT
-    for path, file in files.items():
-        if not backend.wait_for(deadline, partial(_let_go, path, file)):
+    for loop in loops:
+        if not backend.wait_for(deadline, partial(_let_go, loop)):
             raise DeviceError(
-                f"{file} is still held by {path.split('/')[-3]}",
+                f"{loop.file} is still held by loop{loop.number}",
                 hint="requests of the guest may be under way; losetup -a shows it",
             )
 
 
-def _loop_files(bus: Bus, domid: int, devids: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Of each loop device of these disks where sysfs names its file, and the file."""
+class LoopDevice(NamedTuple):
+    """A loop device that was made for a disk: its number, its ``file``, and its ``sequence``.
+
+    The number comes to mean another guest's file, or the same one, as soon as this guest's is let
+    go: by the sequence, where the kernel counts, that is another loop device.
+    """
+
+    number: int
+    file: str
+    sequence: str
+
+    def held(self) -> bool:
+        """Whether the file is still behind it."""
+        if self.sequence and blockdev.sequence(self.number) != self.sequence:
+            return False
+        return bool(self.file) and _backing_file(self.number) == self.file
+
+
+def _loops(bus: Bus, domid: int, devids: Sequence[int]) -> Iterator[LoopDevice]:
+    """Of these disks the loop devices that are there, as far as sysfs tells.
+
+    What the bus says may be old: xendevd detaches a loop device when the back end goes, which a
+    guest can bring about by itself.
+    """
     paths = [backend_path(domid, KIND, devid) for devid in devids]
-    kinds = bus.read_many(f"{path}/type" for path in paths)
-    devices = bus.read_many(f"{path}/{hotplug.PHYSICAL_DEVICE}" for path in paths)
-    for kind, number in zip(kinds, devices, strict=True):
-        major, _, minor = (number or "").partition(":")
+    keys = ("type", hotplug.PHYSICAL_DEVICE, hotplug.SEQUENCE)
+    said = [bus.read_many(f"{path}/{key}" for path in paths) for key in keys]
+    for kind, numbers, sequence in zip(*said, strict=True):
+        major, _, minor = (numbers or "").partition(":")
         if kind == hotplug.TYPE_FILE and major == f"{blockdev.MAJOR:x}" and minor:
-            path = f"{blockdev.SYSFS}/loop{int(minor, 16)}/loop/backing_file"
-            if file := _read(path):
-                yield path, file
+            number = int(minor, 16)
+            loop = LoopDevice(number, _backing_file(number), sequence or "")
+            if loop.held():
+                yield loop
 
 
-def _let_go(path: str, file: str) -> bool:
-    return _read(path) != file or not hotplug.running()
+def _let_go(loop: LoopDevice) -> bool:
+    return not loop.held() or not hotplug.running()
+
+
+def _backing_file(number: int) -> str:
+    return _read(f"{blockdev.SYSFS}/loop{number}/loop/backing_file")

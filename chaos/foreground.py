@@ -27,6 +27,7 @@ from xenctypes.errors import StateError
 
 if TYPE_CHECKING:
     from chaos.builder import Builder
+    from chaos.domconfig import DomainConfig
     from chaos.invocation import Invocation
     from chaos.registry import Record
     from xenctypes.ctrl import DomainInfo
@@ -46,23 +47,21 @@ def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
         while True:
             born = time.monotonic()
             info = _watch(call, creation)
-            record = call.names.read(uuid)
-            if info is None or info.dying or record is None:
+            if info is None or info.dying or call.names.read(uuid) is None:
                 _say(call, creation, "destroyed by another command")
                 return 0
             action = action_for(call, creation, info)
             if action == "preserve":
                 return 0
-            if action == "rename-restart":
-                with held():  # half of it would leave a name
-                    afterlife.set_aside(call.host, call.names, uuid, info.domid)
-            else:
-                destroy(call.host, call.names, find(call.host, call.names, uuid))
-                if action == "destroy":
-                    return 0
+            config = _take_away(call, creation, info.domid, action)
+            if action == "destroy":
+                return 0
+            if config is None:
+                _say(call, creation, "destroyed by another command")
+                return 0
             failures = failures + 1 if time.monotonic() - born < afterlife.YOUNG else 0
             time.sleep(afterlife.delay(failures))
-            creation = _successor(call, builder, creation, record)
+            creation = Creation(config, call.host, builder, call.names, creation.uuid)
             try:
                 creation.run(CREATE_STEPS)
             finally:
@@ -72,6 +71,28 @@ def stay(call: Invocation, builder: Builder, creation: Creation) -> int:
             if call.names.read(uuid) is not None:
                 destroy(call.host, call.names, find(call.host, call.names, uuid))
         raise
+
+
+def _take_away(
+    call: Invocation, creation: Creation, domid: int, action: str
+) -> DomainConfig | None:
+    """Destroy the dead domain, or set it aside: what its successor is made from.
+
+    That is what it had at its very end; None if another command was quicker.
+    """
+    uuid = str(creation.uuid)
+    configs: list[DomainConfig] = []
+
+    def ending(record: Record) -> None:
+        configs.append(afterlife.successor(creation.config, record))
+
+    if action == "rename-restart":
+        with held():  # half of it would leave a name
+            afterlife.set_aside(call.host, call.names, uuid, domid, ending)
+    else:
+        domain = find(call.host, call.names, uuid)
+        destroy(call.host, call.names, domain, wait=True, ending=ending)
+    return configs[0] if configs else None
 
 
 def _watch(call: Invocation, creation: Creation) -> DomainInfo | None:
@@ -96,9 +117,3 @@ def _say(call: Invocation, creation: Creation, what: str) -> None:
     if not call.args.quiet:
         call.print(f"{creation.config.name}, domain {creation.domid}: {what}")
         call.stdout.flush()
-
-
-def _successor(call: Invocation, builder: Builder, creation: Creation, record: Record) -> Creation:
-    """The create of the same domain again: with the name that it has now, and its addresses."""
-    config = afterlife.successor(creation.config, record)
-    return Creation(config, call.host, builder, call.names, creation.uuid)

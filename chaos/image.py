@@ -16,7 +16,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -49,6 +49,8 @@ JUST_NS = 2_000_000_000
 Linux stamps files with a clock of a jiffy's grain, FAT and some servers with seconds.
 """
 
+Opener = Callable[[str, int], int]
+
 ELF_MAGIC = b"\x7fELF"
 ELF_SIZE = 52  # the smallest that elf_is_elfbinary takes
 
@@ -75,6 +77,11 @@ class Identity(NamedTuple):
     size: int
     mtime_ns: int
     ctime_ns: int
+
+    @property
+    def just_written(self) -> bool:
+        """Whether the file was written so lately that another write may leave it the same times."""
+        return time.time_ns() - max(self.mtime_ns, self.ctime_ns) < JUST_NS
 
 
 class OpenImage:
@@ -108,9 +115,8 @@ class OpenImage:
         return not self.identity == named == identity(os.fstat(self.fd))
 
     def just_written(self) -> bool:
-        """Whether it was written so lately that another write may leave it the same times."""
-        age = time.time_ns() - max(self.identity.mtime_ns, self.identity.ctime_ns)
-        return age < JUST_NS
+        """Whether another write may leave it the same times."""
+        return self.identity.just_written
 
     def close(self) -> None:
         """Close the descriptor; twice does no harm."""
@@ -158,14 +164,14 @@ class ImageInfo:
     refusals: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_image(path: str) -> OpenImage:
+def open_image(path: str, opener: Opener = os.open) -> OpenImage:
     """Open a kernel; ImageError unless it is a readable, regular file of a sane size."""
-    return _open(path, "kernel", KERNEL_MAX)
+    return _open(path, "kernel", KERNEL_MAX, opener)
 
 
-def open_ramdisk(path: str) -> OpenImage:
+def open_ramdisk(path: str, opener: Opener = os.open) -> OpenImage:
     """Open a ramdisk; ImageError unless it is a readable, regular file of a sane size."""
-    return _open(path, "ramdisk", RAMDISK_MAX)
+    return _open(path, "ramdisk", RAMDISK_MAX, opener)
 
 
 def adopt_image(fd: int, path: str, *, ramdisk: bool = False) -> OpenImage:
@@ -244,10 +250,10 @@ def check_abi(info: ImageInfo) -> None:
         )
 
 
-def _open(path: str, what: str, limit: int) -> OpenImage:
+def _open(path: str, what: str, limit: int, opener: Opener) -> OpenImage:
     try:
         # O_NONBLOCK: a FIFO must not hold us up, and a terminal must not become ours.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = opener(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ImageError(f"{what} {path!r} cannot be opened: {reason}") from error

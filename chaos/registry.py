@@ -62,7 +62,8 @@ class Record:
     ``store_port`` are event channels on the guest's side; 0 means none. ``store`` is who serves its
     XenStore (chaos.store), "" for nobody and for noxs guests.
     ``macs`` are the addresses of its vifs, in their order, ``disks`` its disks (chaos.disk.entry).
-    ``paused`` is whether it was created to stay paused.
+    ``paused`` is whether it was created to stay paused. ``owner`` is with whose rights its image is
+    opened again, "uid", "gid" and "groups", None for root's.
     ``created`` is seconds since the epoch; ``ready_ms`` the time from unpause to the guest's
     ready event, None until it was seen.
     """
@@ -82,6 +83,7 @@ class Record:
     disks: list[dict[str, Any]] = field(default_factory=list)
     created: float = 0.0
     ready_ms: float | None = None
+    owner: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self, config: str = "") -> str:
@@ -235,6 +237,12 @@ class Registry:
             raise self._uuid_taken(record.uuid) from None
         return Entry(self, record.uuid)
 
+    def replace_record(self, uuid: str, text: str) -> int:
+        """Have a shell's record in a new file; that one, open for writing. OSError."""
+        path = f"{self.path}/domains/{uuid}/domain.json"
+        _write_atomically(path, text)
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+
     def move_shell(self, old: str, new: str) -> None:
         """Give a shell's directory another UUID. StateError if that is taken."""
         try:
@@ -278,7 +286,7 @@ class Registry:
         except BaseException:
             if entry.path == directory:  # interrupted when the link was made, perhaps
                 self._unlink(record.name, record.uuid)
-            _remove_directory(entry.path)
+            self._discard(entry)
             entry.close()
             raise
         return entry
@@ -361,7 +369,17 @@ class Registry:
             self._unlink_all(entry.uuid)
         for mac in record.macs:
             self.release_mac(mac, record.uuid)
-        _remove_directory(entry.path)
+        self._discard(entry)
+
+    def _discard(self, entry: Entry) -> None:
+        """Remove a domain's directory; a missing one is fine.
+
+        Under a name of our own: where it was, another's may be as soon as it is empty.
+        """
+        gone = f"{self.path}/domains/{STAGED}{os.getpid()}-{get_ident()}-gone-{entry.uuid}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(entry.path, gone)
+        _remove_directory(gone)
 
     def reserve_mac(
         self, mac: bytes | None, uuid: str, taken: Container[str] = frozenset()
@@ -530,9 +548,14 @@ def _write_new(path: str, text: str) -> None:
 
 def _write_atomically(path: str, text: str) -> None:
     temporary = f"{path}.new-{os.getpid()}-{get_ident()}"  # of this writer alone
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.rename(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
 
 def _remove_directory(path: str) -> None:

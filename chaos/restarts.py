@@ -31,13 +31,14 @@ SUFFIX = ".json"
 class Restart:
     """``config`` is what the successor is made from, ``failures`` how often in a row it died.
 
-    ``domid`` is that of the dead domain.
+    ``domid`` is that of the dead domain, ``owner`` as in its record.
     """
 
     uuid: str
     config: DomainConfig
     failures: int
     domid: int = -1
+    owner: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
         """As ``chaos destroy --json`` tells of one that it called off."""
@@ -55,6 +56,7 @@ class Restarts:
         values = {
             "failures": restart.failures,
             "domid": restart.domid,
+            "owner": restart.owner,
             "config": restart.config.as_dict(),
         }
         path = self._path(restart.uuid)
@@ -86,7 +88,8 @@ class Restarts:
                 with open(self._path(uuid), "rb") as file:
                     values = json.load(file)
                 config, failures = from_dict(values["config"]), int(values["failures"])
-                found.append(Restart(uuid, config, failures, int(values.get("domid", -1))))
+                domid, owner = int(values.get("domid", -1)), values.get("owner")
+                found.append(Restart(uuid, config, failures, domid, owner))
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError, ChaosError):

@@ -161,6 +161,19 @@ def look(number: int) -> Loop | None:
     return Loop(number, device, inode, behind, not flags & LO_FLAGS_READ_ONLY, tag)
 
 
+def sequence(number: int) -> str:
+    """What the kernel counts a loop device's files by, a new number for each; "" before Linux 5.15.
+
+    Unlike the tag it can be seen without opening the device: /sys/block/<disk>/diskseq, in
+    Documentation/ABI/stable/sysfs-block.
+    """
+    try:
+        with open(f"{SYSFS}/loop{number}/diskseq", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def bound(sysfs: str = SYSFS) -> list[int]:
     """The numbers of all loop devices that are bound."""
     return [

@@ -13,7 +13,7 @@ import threading
 from errno import ENOENT
 from time import monotonic
 
-from noxs.handshake import VALUE_MAX, back_key, in_order
+from noxs.handshake import VALUE_MAX, back_key, front_key, in_order
 from noxs.nodes import decode, encode
 from xenctypes.errors import BusError
 
@@ -27,15 +27,22 @@ if TYPE_CHECKING:
     Key = tuple[int, bytes]
 
 RETRY = 1.0
+JOBS = 16
+"""Back ends that are told something before it is looked at once more what others say."""
 _COMPLAIN_EVERY = 10.0
 
 
 class Link:
-    """A device's two directories on the bus, which are also those of the guest's view."""
+    """A device's two directories on the bus, which are also those of the guest's view.
 
-    def __init__(self, front: bytes, back: bytes) -> None:
+    ``there`` are the keys of the front end's in the view, if the bus may have others still: None
+    once it has not.
+    """
+
+    def __init__(self, front: bytes, back: bytes, there: set[bytes] | None) -> None:
         self.front = decode(front)
         self.back = decode(back)
+        self.there = there
 
 
 class Bridge:
@@ -74,10 +81,14 @@ class Bridge:
         """See the class."""
         return self._found_fd
 
-    def attach(self, key: Key, front: bytes, back: bytes) -> None:
-        """Link a device; what its back end says comes by ``found``, at first all of it."""
+    def attach(self, key: Key, front: bytes, back: bytes, there: set[bytes] | None = None) -> None:
+        """Link a device; what its back end says comes by ``found``, at first all of it.
+
+        ``there``: the front end has these keys, and is to be told of: others that it told its back
+        end before a kill, and has removed, are taken off the bus with that.
+        """
         with self._lock:
-            self._links[key] = Link(front, back)
+            self._links[key] = Link(front, back, there)
         self._wake()
 
     def detach(self, key: Key) -> None:
@@ -131,12 +142,14 @@ class Bridge:
 
     def _work(self, bus: Bus) -> None:
         self._keep_watches(bus)
-        while (job := self._next()) is not None:
+        jobs = 0
+        while jobs < JOBS and (job := self._next()) is not None:
             self._tell(bus, *job)
+            jobs += 1
         changed = {token for _, token in bus.events(0)}
         for key in [key for key in self._watched if _token(key) in changed]:
             self._look(bus, key, self._watched[key])
-        if changed:
+        if changed or jobs == JOBS:
             return
         poll = select.poll()
         poll.register(bus.fileno(), select.POLLIN)
@@ -180,7 +193,9 @@ class Bridge:
             there = tx.read_many(paths)
             wanted = [None if value is None else decode(value) for value in pairs.values()]
             each = list(zip(paths, there, wanted, strict=True))
-            tx.rm_many([path for path, old, new in each if new is None and old is not None])
+            gone = [path for path, old, new in each if new is None and old is not None]
+            left = [path for path in _left(tx, key, link) if path not in paths]
+            tx.rm_many([*gone, *left])
             tx.write_many([(path, new) for path, old, new in each if new not in {None, old}])
 
         try:
@@ -190,6 +205,7 @@ class Bridge:
                 if key in self._links:
                     self._todo[key] = {**changes, **self._todo.get(key, {})}
             raise
+        link.there = None
 
     def _look(self, bus: Bus, key: Key, link: Link) -> None:
         try:
@@ -208,6 +224,19 @@ class Bridge:
         with self._lock:
             self._found[key] = found
         os.eventfd_write(self._found_fd, 1)
+
+
+def _left(tx: Transaction, key: Key, link: Link) -> list[str]:
+    """What is on the bus of a front end that has removed it."""
+    if link.there is None:
+        return []
+    names: list[str] = []
+    for name in tx.directory(link.front):
+        below = tx.directory(f"{link.front}/{name}") if name.startswith("queue-") else None
+        names += [name] if below is None else [f"{name}/{leaf}" for leaf in below]
+    kind = key[1].partition(b"/")[0]
+    gone = [name for name in names if encode(name) not in link.there]
+    return [f"{link.front}/{name}" for name in gone if front_key(kind, encode(name))]
 
 
 def _token(key: Key) -> str:

@@ -74,6 +74,12 @@ VISIT = 1e-4
 """Seconds of work that a visit counts as, besides what it takes: events cost, too."""
 RETRY = 1.0
 PORTS = 256
+JOURNALS_SHARE = 8
+"""All journals may take an eighth of their file system; above that a guest has its share of it."""
+SHARE_MIN = 1 << 16
+"""Bytes that a guest may have kept however many guests there are."""
+HINT = "destroy the guest and create it again"
+"""What to do about a guest's journal."""
 
 
 class GuestChannel:
@@ -129,12 +135,16 @@ class GuestLoop(Service):
         self.timers: list[tuple[float, int]] = []
         self.masked: set[Guest] = set()
         self.serial = 0
+        self.budget = _budget(state) if state else inf
+        self.kept = 0
 
     def adopt(self, guest: Guest) -> None:
         """Make an opened or restored guest known."""
         self.guests[guest.domid] = self.by_serial[guest.serial] = guest
-        for device in guest.devices.values():
-            self.bridge.attach((guest.serial, device.token), device.front, device.back)
+        self._count(guest)
+        for token, device in guest.devices.items():  # of a restored one
+            there = device.restored(guest.store.tree)
+            self.bridge.attach((guest.serial, token), device.front, device.back, there)
 
     def forget(self, guest: Guest) -> None:
         """Stop serving a guest, and remove its journal."""
@@ -143,9 +153,9 @@ class GuestLoop(Service):
         self.unmap(guest)
         self.ready.pop(guest, None)
         self.masked.discard(guest)
-        self.touched.discard(guest.conn)
-        self.touched.discard(guest.eye)
+        guest.forget()
         del self.guests[guest.domid], self.by_serial[guest.serial]
+        self.kept -= guest.kept
         self.remove_journal(guest)
 
     def flush_client(self, conn: Connection) -> None:
@@ -246,10 +256,19 @@ class GuestLoop(Service):
 
     def compact(self, guest: Guest) -> None:
         """Shorten a guest's journal, if it has grown long and can be."""
+        self._count(guest)
+        crowded = self.kept > self.budget
+        guest.share = max(SHARE_MIN, self.budget // len(self.guests)) if crowded else inf
         try:
             guest.compact()
         except OSError as error:
             self.complain_of(error)
+        self._count(guest)
+
+    def _count(self, guest: Guest) -> None:
+        size = guest.journal.base + guest.journal.length if guest.journal else 0
+        self.kept += size - guest.kept
+        guest.kept = size
 
     def complain_of(self, error: OSError) -> None:
         """Log that a journal cannot be written."""
@@ -270,16 +289,16 @@ class GuestLoop(Service):
     # Devices
 
     def _forward(self, guest: Guest, now: float) -> None:
-        """Pass on what the guest's front ends say, as often as it may."""
+        """Pass on what the guest's front ends say, as often as it may; the rest stays dirty."""
         dirty = guest.eye.dirty
-        if not dirty:
-            return
-        wait = guest.forwards.wait(now)
-        if wait:
-            self._later(guest, now + wait)
-            return
-        guest.forwards.take(1, now)
-        for token in dirty:
+        while dirty:
+            wait = guest.forwards.wait(now)
+            if wait:
+                self._later(guest, now + wait)
+                return
+            guest.forwards.take(1, now)
+            token = next(iter(dirty))
+            del dirty[token]
             device = guest.devices[token]
             refused = device.refused.copy()
             changes = device.changes(guest.store.tree)
@@ -288,7 +307,6 @@ class GuestLoop(Service):
             if device.refused - refused:
                 names = b", ".join(sorted(device.refused)[:3]).decode("ascii", "replace")
                 guest.store.log(f"{device.front.decode()}: not passed on: {names}")
-        dirty.clear()
 
     def _hear_bridge(self) -> None:
         """Show guests what their back ends say."""
@@ -315,7 +333,7 @@ class GuestLoop(Service):
         if self.state:
             directory = f"{self.state}/{domid}.{uuid}"
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            journal = Journal(directory)
+            journal = Journal(directory, hint=HINT)
         guest = Guest(
             domid,
             uuid,
@@ -376,7 +394,7 @@ class GuestLoop(Service):
             try:
                 self._restore(int(domid), uuid)
             except Exception as error:  # noqa: BLE001 - the others shall have theirs
-                cause = error if isinstance(error, ChaosError) else repr(error)
+                cause = str(error) if isinstance(error, ChaosError) else repr(error)
                 self.log(f"domain {domid} has lost its store: {cause}")
                 remove_directory(directory)
 
@@ -389,6 +407,7 @@ class GuestLoop(Service):
             if guest.ring is not None:
                 guest.ring.ring.fail(ERROR_COMM)
             self.unmap(guest)
+            guest.forget()
             if guest.journal is not None:
                 guest.journal.close()
             raise
@@ -400,7 +419,7 @@ class GuestLoop(Service):
         state, records = guest.journal.recover()
         data = snapshot.load(state) if state else None
         if data is None or data["extra"]["boot"] != self.boot:
-            raise StateError("its journal is of an earlier boot, or was never written")
+            raise StateError("its journal is of an earlier boot, or was never written", hint=HINT)
         return data, records
 
     def close(self) -> None:
@@ -413,6 +432,12 @@ class GuestLoop(Service):
                 guest.journal.close()
         self.poll.close()
         os.close(self.wake_fd)
+
+
+def _budget(path: str) -> float:
+    """How many bytes of a file system all journals may take. OSError."""
+    status = os.statvfs(path)
+    return status.f_blocks * status.f_frsize // JOURNALS_SHARE or inf  # 0 blocks: no bound
 
 
 def remove_directory(path: str) -> None:

@@ -18,7 +18,7 @@ from math import inf
 from noxs import snapshot, wire
 from noxs.bucket import Bucket
 from noxs.guestring import FROM_TOOL, RECORD, GuestConnection, GuestRing
-from noxs.handshake import FRONT, STATE, differences, front_value, in_order
+from noxs.handshake import FRONT, STATE, differences, front_key, front_value, in_order
 from noxs.requests import handle
 from noxs.snapshot import KERNEL
 from noxs.store import Connection, Store
@@ -72,6 +72,12 @@ class Device:
     def token(self) -> bytes:
         """Its name among the guest's devices."""
         return b"%s/%d" % (self.kind, self.devid)
+
+    def restored(self, tree: Tree) -> set[bytes]:
+        """Have all be told that it may tell, and the state even if it is gone; the keys."""
+        keys = {key for key, _ in _front_keys(tree, self.front) if front_key(self.kind, key)}
+        self.told = dict.fromkeys(keys | {STATE}, b"")  # a value that none of them has
+        return keys
 
     def changes(self, tree: Tree) -> dict[bytes, bytes | None]:
         """What the back end is to be told: values of keys, None for those that are gone."""
@@ -130,7 +136,8 @@ class Guest:
 
     ``due`` is when the guest is to be served without an event, ``guard`` the seconds until it is
     looked at once more; both are the loop's. ``port`` is the guest's event channel, ``local_port``
-    our end of it, ``unheard`` what back ends say that is not yet in the view.
+    our end of it, ``unheard`` what back ends say that is not yet in the view. ``share`` bounds what
+    is kept for it while all guests have too much kept, ``kept`` is what the loop has counted.
     """
 
     def __init__(
@@ -167,6 +174,8 @@ class Guest:
         self.forwards = Bucket(FORWARD_RATE, FORWARD_BURST, now)
         self.due = inf
         self.guard = 0.0
+        self.share = inf
+        self.kept = 0
         self._lines = Bucket(LOG_RATE, LOG_BURST, now)
         self._now = now
         self._log_line = log
@@ -208,25 +217,34 @@ class Guest:
                 "port": self.port,
                 "devices": [(device.kind, device.devid) for device in self.devices.values()],
                 "ring": self.ring.state() if self.ring else None,
+                "share": self.share,
             }
             self.journal.replace(snapshot.dump(self.store, extra))
             self._weigh()
 
+    def forget(self) -> None:
+        """End the references that go in circles, for there is no collector (noxs.daemon.run)."""
+        for conn in (self.conn, self.tool, self.eye):
+            self.store.reset(conn)
+            self.store.touched.discard(conn)
+        self.store.log = self._log_line
+
     def _weigh(self) -> None:
         """Judge by the snapshot, which holds all that the guest makes us keep, and by it alone.
 
-        A replay of the log must come to the same replies.
+        A replay of the log must come to the same replies: the share is that of the snapshot.
         """
         if self.journal is not None:
-            self.conn.sated = self.journal.base > self.conn.quota.memory
+            self.conn.sated = self.journal.base > min(self.conn.quota.memory, self.share)
 
     def compact(self) -> None:
-        """Replace the journal by a snapshot when its log has grown long."""
+        """Replace the journal by a snapshot when its log has grown long, or it is to be judged."""
         journal = self.journal
         if journal is None:
             return
         sated = self.conn.sated
-        if journal.length > (COMPACT_AFTER if sated else max(COMPACT_AFTER, journal.base)):
+        longest = COMPACT_AFTER if sated else max(COMPACT_AFTER, journal.base)
+        if journal.length > min(longest, self.share) or (journal.base > self.share and not sated):
             self.save()
 
     def restore(
@@ -239,6 +257,7 @@ class Guest:
         extra = data["extra"]
         made = {KERNEL: self.conn}
         snapshot.fill(self.store, data, lambda ident: made.get(ident) or Connection(ident))
+        self.share = extra.get("share", inf)
         self._weigh()
         self.store.connect(self.tool)
         self.store.connect(self.eye)

@@ -80,15 +80,21 @@ _BACK = re.compile(
 _QUEUE = re.compile(rb"queue-(0|[1-9][0-9]?)/([a-z0-9-]{1,24})\Z")
 
 
-def front_value(kind: bytes, key: bytes, value: bytes) -> bool:
-    """Whether a front end may tell its back end this: ``key`` is relative to its directory."""
+def front_key(kind: bytes, key: bytes) -> re.Pattern[bytes] | None:
+    """The form of what a front end may tell its back end under a key, if there is anything.
+
+    ``key`` is relative to the front end's directory.
+    """
     keys, queue_keys = FRONT[kind]
-    form = keys.get(key)
-    if form is None:
-        queue = _QUEUE.match(key)
-        if queue is None or int(queue[1]) >= QUEUES_MAX:
-            return False
-        form = queue_keys.get(queue[2])
+    queue = _QUEUE.match(key)
+    if queue is None:
+        return keys.get(key)
+    return queue_keys.get(queue[2]) if int(queue[1]) < QUEUES_MAX else None
+
+
+def front_value(kind: bytes, key: bytes, value: bytes) -> bool:
+    """Whether a front end may tell its back end this: ``key`` is as for ``front_key``."""
+    form = front_key(kind, key)
     if form is None or not form.match(value):
         return False
     if form is _U32:

@@ -25,6 +25,9 @@ IDENTITY = "identity"
 (noxs.blockdev.identity); xendevd takes nothing else for it."""
 TYPE_FILE, TYPE_DEVICE = "file", "phy"
 PHYSICAL_DEVICE = "physical-device"
+SEQUENCE = "diskseq"
+"""The node of a disk that tells its loop device from the next one with that number
+(noxs.blockdev.sequence); missing where the kernel has no such number."""
 
 LOCK = "/run/xendevd.lock"
 """xendevd holds an flock on this file for as long as it runs; the file itself stays."""

@@ -27,6 +27,8 @@ MAGIC = b"noxs"
 VERSION = 1
 NEW = ".new"
 """Behind the name of a snapshot that is being written."""
+HINT = "the kernel's watches are lost with it: reboot the host"
+"""What to do about noxsd's journal."""
 _FRAME = struct.Struct("<II")
 _HEAD = struct.Struct("<4sII")
 
@@ -34,11 +36,13 @@ _HEAD = struct.Struct("<4sII")
 class Journal:
     """The journal in one directory, which must exist and belong to one process at a time.
 
-    ``length`` is the size in bytes of the current log, ``base`` that of the snapshot before it.
+    ``length`` is the size in bytes of the current log, ``base`` that of the snapshot before it,
+    ``hint`` the way out when the journal is damaged.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, hint: str = HINT) -> None:
         self.directory = directory
+        self.hint = hint
         self.number = -1
         self.length = 0
         self.base = 0
@@ -50,7 +54,7 @@ class Journal:
         snapshots, logs = self._numbers("snapshot."), self._numbers("log.")
         if not snapshots:
             if any(os.stat(self._path("log", number)).st_size for number in logs):
-                raise StateError(f"{self.directory}: logs without a snapshot", hint=_HINT)
+                raise StateError(f"{self.directory}: logs without a snapshot", hint=self.hint)
             return None, []
         first = max(snapshots)
         state = self._read_snapshot(first)
@@ -157,10 +161,12 @@ class Journal:
             magic, version, crc = _HEAD.unpack_from(data)
             state = data[_HEAD.size :]
             if magic == MAGIC and version != VERSION:
-                raise StateError(f"{path}: journal version {version}, not {VERSION}", hint=_HINT)
+                raise StateError(
+                    f"{path}: journal version {version}, not {VERSION}", hint=self.hint
+                )
             if magic == MAGIC and crc == crc32(state):
                 return state
-        raise StateError(f"{path}: damaged", hint=_HINT)
+        raise StateError(f"{path}: damaged", hint=self.hint)
 
     def _write_snapshot(self, number: int, state: bytes) -> None:
         path = self._path("snapshot", number)
@@ -190,7 +196,7 @@ class Journal:
             records.append(record)
             offset = start + length
         if offset != len(data) and not last:
-            raise StateError(f"{path}: damaged at byte {offset}", hint=_HINT)
+            raise StateError(f"{path}: damaged at byte {offset}", hint=self.hint)
         return offset
 
     def _clean(self, number: int) -> None:
@@ -208,6 +214,3 @@ def _slurp(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     with open(fd, "rb") as file:
         return file.read()
-
-
-_HINT = "the kernel's watches are lost with it: reboot the host"

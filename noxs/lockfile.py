@@ -2,8 +2,12 @@
 
 import fcntl
 import os
+from time import monotonic, sleep
 
-from xenctypes.errors import BusError
+from xenctypes.errors import BusError, ChaosError
+
+ASKING = 1.0
+"""Seconds that a lock may be held by those who only ask whether its daemon runs (``held``)."""
 
 
 def held(path: str) -> bool:
@@ -21,14 +25,23 @@ def held(path: str) -> bool:
     return False
 
 
-def take(path: str, name: str) -> int:
-    """The lock of a daemon, held for life by the descriptor returned; it is never closed.
+def take(
+    path: str, name: str, kind: type[ChaosError] = BusError, *, hint: str = "", wait: float = ASKING
+) -> int:
+    """The lock of a daemon, held for life by the descriptor returned.
 
-    ``name`` is the daemon's, for the BusError that is raised if another one holds the lock.
+    ``name`` is the daemon's, for the error of that ``kind`` which is raised if another one still
+    holds the lock after ``wait`` seconds.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BusError(f"another {name} is running ({path} is locked)") from error
-    return fd
+    deadline = monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if monotonic() > deadline:
+                os.close(fd)
+                raise kind(f"another {name} is running ({path} is locked)", hint=hint) from error
+            sleep(0.01)
+        else:
+            return fd

@@ -185,6 +185,7 @@ class Stores(GuestLoop):
             guest.open(arguments[2].decode("utf-8", "replace"))
         except OSError:
             self.remove_journal(guest)
+            guest.forget()
             raise
         self.adopt(guest)
 

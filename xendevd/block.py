@@ -25,6 +25,7 @@ from noxs.hotplug import (
     ERROR_TEXT,
     IDENTITY,
     PHYSICAL_DEVICE,
+    SEQUENCE,
     STATUS,
     TYPE_DEVICE,
     TYPE_FILE,
@@ -127,9 +128,10 @@ class Disks:
         nodes = self._nodes(path)
         if _script(nodes) != BLOCK_SCRIPT or nodes.get(STATUS) == CONNECTED:
             return
-        device, error = "", None
+        found: dict[str, str] = {}
+        error = None
         try:
-            device = self._set_up(parse(path, nodes))
+            found = self._set_up(parse(path, nodes))
         except (DeviceError, OSError) as failure:
             error = failure
             self.log(f"{path}: {error_text(failure)}", level=4)
@@ -140,9 +142,8 @@ class Disks:
             # A write would bring the nodes of a disk back that went meanwhile.
             told = tx.get(f"{path}/frontend-id") is not None
             if told and error is None:
-                tx.write_many(
-                    [(f"{path}/{PHYSICAL_DEVICE}", device), (f"{path}/{STATUS}", CONNECTED)]
-                )
+                told_of = {**found, STATUS: CONNECTED}
+                tx.write_many([(f"{path}/{key}", value) for key, value in told_of.items()])
             elif told and error is not None:
                 tx.write_many(
                     [(f"{path}/{ERROR_TEXT}", error_text(error)), (f"{path}/{STATUS}", ERROR)]
@@ -152,8 +153,8 @@ class Disks:
         if not told:
             self._unplug(path)
 
-    def _set_up(self, plan: DiskPlan) -> str:
-        """What blkback shall open, as in physical-device. Raises DeviceError, OSError."""
+    def _set_up(self, plan: DiskPlan) -> dict[str, str]:
+        """The nodes that say what blkback shall open. Raises DeviceError, OSError."""
         if plan.path in self.given:  # as far as this, and not written
             self._unplug(plan.path)
         fd = _open(plan)
@@ -167,7 +168,7 @@ class Disks:
             if not plan.file:
                 device = os.major(status.st_rdev), os.minor(status.st_rdev)
                 self.given[plan.path] = Given(identity, plan.writable)
-                return _device(*device)
+                return {PHYSICAL_DEVICE: _device(*device)}
             try:
                 number = blockdev.attach(fd, TAG + plan.path, writable=plan.writable)
             except FileNotFoundError as error:
@@ -176,7 +177,9 @@ class Disks:
             except OSError as error:
                 raise DeviceError(f"{plan.target}: no loop device: {error.strerror}") from error
             self.given[plan.path] = Given(identity, plan.writable, number)
-            return _device(blockdev.MAJOR, number)
+            sequence = blockdev.sequence(number)
+            counted = {SEQUENCE: sequence} if sequence else {}
+            return {**counted, PHYSICAL_DEVICE: _device(blockdev.MAJOR, number)}
         finally:
             os.close(fd)
 

@@ -13,15 +13,14 @@ docs/xendevd.md is for its users.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import sys
 from _signal import SIGINT, SIGTERM, set_wakeup_fd, signal  # type: ignore[import-not-found]  # as in noxsd
-from time import monotonic, sleep
+from time import monotonic
 from typing import TYPE_CHECKING, NoReturn
 
-from noxs import privileges
+from noxs import lockfile, privileges
 from noxs.bus import Bus
 from noxs.daemon import notify_manager
 from noxs.hotplug import LOCK, BusError, ChaosError
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser
 
 RETRY = 1.0  # seconds until the bus is tried again
-ASKING = 1.0  # seconds that a lock may be held by those who only ask whether we run
 
 
 def log(text: str, *, level: int = 6) -> None:
@@ -114,22 +112,6 @@ class Daemon:
         self._again = monotonic() + RETRY
 
 
-def take_lock(path: str = LOCK) -> int:
-    """The lock that says that xendevd runs (noxs.hotplug.running). Raises BusError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    deadline = monotonic() + ASKING
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if monotonic() > deadline:
-                os.close(fd)
-                raise BusError(f"another xendevd is running ({path} is locked)") from error
-            sleep(0.01)
-        else:
-            return fd
-
-
 def parser() -> ArgumentParser:
     """The parser of the command line."""
     import argparse
@@ -145,7 +127,7 @@ def parser() -> ArgumentParser:
 
 def serve() -> None:
     """Run until told to stop. Raises BusError or OSError if it cannot start."""
-    lock = take_lock()
+    lock = lockfile.take(LOCK, "xendevd")
     with Bus.connect() as bus:
         # Listen first and look then: what comes in between is seen twice, which does no harm.
         monitor = Monitor()

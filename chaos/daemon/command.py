@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from chaos import frames
 from chaos.cli import EXIT_INTERRUPTED, VERBS, describe_error, verb_parser
+from chaos.daemon.rights import borrowed
 from chaos.daemon.streams import Input, Output
 from chaos.daemon.wanted import NotHere, TooLong
 from chaos.invocation import Invocation
@@ -61,6 +62,8 @@ LOGGED = frozenset(
 """Verbs and methods whose callers stand in the log: whatever changes something, or listens."""
 LOGGED_MAX = 200
 QUIET = frozenset(["-q", "--quiet"])
+DIRECTORY = 3
+"""Which of a command's descriptors is its directory; those before are its streams."""
 SMALL = 1024
 """Bytes that a descriptor which polls writable takes without blocking (PIPE_BUF is 4096)."""
 FLUSH_SECONDS = 1.0
@@ -133,6 +136,7 @@ class Command:
     def begin(self) -> Coroutine[Any, Any, Any] | None:
         """Answer at once if that can be, else return what is left to do. NotHere."""
         try:
+            self._check_directory()
             words = [word for word in self.argv[1:] if word not in QUIET]
             if self.argv[:1] == ["create"] and words and not any(w[:1] == "-" for w in words):
                 self._log(self.argv, "create")
@@ -144,6 +148,18 @@ class Command:
             raise
         self.connection.cancels[self.ident] = self.cancel
         return self._run()
+
+    def _check_directory(self) -> None:
+        """NotHere for a create whose directory has another path here: its mounts are others."""
+        if "create" not in self.argv:
+            return
+        with borrowed(self.connection.peer):
+            try:
+                there = os.stat(self.directory)
+            except OSError:
+                raise NotHere from None
+        if not os.path.samestat(there, os.fstat(self.fds[DIRECTORY])):
+            raise NotHere
 
     def close(self) -> None:
         """Close the client's descriptors. Idempotent."""
@@ -240,7 +256,10 @@ class Command:
 
         for output in outputs:
             output.close()
-        threading.Thread(target=work, name="close", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="close", daemon=True).start()
+        except RuntimeError:  # there are too many
+            work()
         await asyncio.wait({closed}, timeout=FLUSH_SECONDS)
 
     async def _guarded(self, words: list[str], *, verbose: bool) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import functools
 import itertools
 import os
@@ -22,7 +21,7 @@ from chaos.daemon.consoles import ConsoleHub
 from chaos.daemon.events import Events
 from chaos.daemon.guests import Guest, Guests
 from chaos.daemon.pool import Pool
-from chaos.daemon.rights import Peer
+from chaos.daemon.rights import ROOT, peer_for
 from chaos.daemon.shell import DELIVERY_STEPS, PAUSED_STEPS, UNPAUSE_STEPS, Delivery
 from chaos.daemon.template import Template
 from chaos.daemon.wanted import Reader, TooLong, Wanted, want
@@ -31,11 +30,13 @@ from chaos.host import Host
 from chaos.image import inspect
 from chaos.registry import DAEMON_LOCK, RUNNING, Registry
 from chaos.steps import perform, profile_of, roll_back, spent
+from noxs import lockfile
 from xenctypes.errors import ChaosError, PageError, PermissionDenied, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
+    from chaos.daemon.rights import Peer
     from chaos.daemon.settings import Settings
     from chaos.daemon.shell import Shell
     from chaos.diskspec import DiskConfig
@@ -52,7 +53,6 @@ CLOSE_SECONDS = 20.0
 """How long threads may take to end at the end."""
 FINISH_SECONDS = 5.0
 """How long work may take at the end that was gathered until then."""
-ROOT = Peer(0, 0, 0, ())
 TICK = 2.0
 MAC_REFRESH = 30.0
 
@@ -179,15 +179,7 @@ class Daemon:
 
     def _lock(self) -> int:
         path = f"{self.names.path}/{DAEMON_LOCK}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise StateError(
-                f"another chaosd runs on this host ({path} is locked)", hint="stop it first"
-            ) from None
-        return fd
+        return lockfile.take(path, "chaosd", StateError, hint="stop it first")
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run a coroutine that ends with the daemon; its failure is logged."""
@@ -272,18 +264,20 @@ class Daemon:
         peer: Peer = ROOT,
         *,
         paused: bool = False,
+        again: bool = False,
         report: Report | None = None,
     ) -> Delivery:
         """A guest of the wanted configuration, from the pool or made now. ChaosError.
 
-        ``report`` hears of the steps in which a shell is made, if it has to be.
+        ``again``: the peer had it before, and its disks from root. ``report`` hears of the steps in
+        which a shell is made, if it has to be.
         """
         if self._mac_seems_taken(wanted):
             await self._refresh_macs()  # whoever had it may be gone
         with self.pool.attending():
             shell = self._from_pool(wanted, peer)
             if shell is None:
-                shell = await self._made(wanted, peer, report)
+                shell = await self._made(wanted, peer, report, again=again)
             if shell.store:
                 return await self._deliver_stock(shell, wanted, peer, paused=paused)
             return self._deliver(shell, wanted, peer, paused=paused)
@@ -319,8 +313,10 @@ class Daemon:
             return None
         return self.pool.take(shape, key, 0)
 
-    async def _made(self, wanted: Wanted, peer: Peer, report: Report | None) -> Shell:
-        if wanted.config.disks and peer.uid:
+    async def _made(
+        self, wanted: Wanted, peer: Peer, report: Report | None, *, again: bool = False
+    ) -> Shell:
+        if wanted.config.disks and peer.uid and not again:
             raise PermissionDenied(
                 "only root may create guests with disks", hint="a disk is any file of the host"
             )
@@ -540,10 +536,12 @@ class Daemon:
         for guest, _ in living if self.beside_xenstored else ():
             announce(host, names, guest.domid, guest.uuid)
 
-    async def create_again(self, config: DomainConfig, uuid: bytes) -> Guest:
-        """The successor of a guest that died. ChaosError."""
+    async def create_again(
+        self, config: DomainConfig, uuid: bytes, owner: dict[str, Any] | None
+    ) -> Guest:
+        """The successor of a guest that died, made with its owner's rights. ChaosError."""
         wanted = want(replace(config, uuid=uuid))
-        delivery = await self.create(wanted)
+        delivery = await self.create(wanted, peer_for(owner), again=True)
         return self.guests.by_uuid[delivery.shell.uuid]
 
     def describe(self, delivery: Delivery) -> dict[str, Any]:

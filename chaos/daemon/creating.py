@@ -141,10 +141,14 @@ class Batch:
         )
 
     async def take_back(self) -> None:
-        """Destroy what was made."""
+        """Destroy what was made, and what would come in its place."""
+        guests = self.daemon.guests
         for delivery in reversed(self.made):
+            uuid = delivery.shell.uuid
+            guests.restarts.drop(uuid)
             with contextlib.suppress(ChaosError):
-                await self.daemon.guests.end(delivery.shell.uuid)
+                await guests.end(uuid)
+            guests.restarts.drop(uuid)  # its death may have been noticed meanwhile
 
 
 async def _console(call: Invocation, delivery: Delivery) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from chaos import image
+from chaos.opening import open_for_others
 from chaos.shape import ImageKey
 from xenctypes.errors import ImageError
 
@@ -39,10 +40,10 @@ class Source:
             raise ImageError(f"kernel {self.kernel!r} is of a flavour that was removed")
         if self.held:
             return _duplicates(self.held)
-        opened = [image.open_image(self.kernel)]
+        opened = [image.open_image(self.kernel, open_for_others)]
         try:
             if self.ramdisk:
-                opened.append(image.open_ramdisk(self.ramdisk))
+                opened.append(image.open_ramdisk(self.ramdisk, open_for_others))
         except BaseException:
             opened[0].close()
             raise

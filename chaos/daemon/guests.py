@@ -28,7 +28,14 @@ from chaos.registry import BUILDING, RUNNING
 from chaos.restarts import Restart, Restarts
 from noxs.abi import STATE_READY
 from noxs.page import read_guest_words
-from xenctypes.errors import CallFailed, ChaosError, StateError
+from xenctypes.errors import (
+    CallFailed,
+    ChaosError,
+    ConfigError,
+    PermissionDenied,
+    StateError,
+    UsageError,
+)
 from xenctypes.evtchn import VIRQ_DOM_EXC
 from xenctypes.public import XEN_DOMINF_dying, XEN_DOMINF_shutdown
 
@@ -64,6 +71,10 @@ MTIME_GRAIN = 50_000_000
 """Nanoseconds within which two changes of a directory may leave it the same time."""
 NOBODY = (0, b"")
 """Flags and UUID of a domain that is not there."""
+RESTART_TRIES = 8
+"""How often a restart is tried for which something failed that may pass: for two minutes."""
+LASTING = (ConfigError, StateError, UsageError, PermissionDenied)
+"""What another try would meet again."""
 RETRY_SECONDS, RETRY_MAX = 1.0, 60.0
 """Seconds until a channel that another process has is asked for again, the first and last time."""
 
@@ -516,7 +527,9 @@ class Guests:
         guest.wake("dead")
         try:
             await self._obey(guest, action)
-        except (ChaosError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - a guest that nobody buries keeps its memory
+            if not isinstance(error, (ChaosError, OSError)):
+                self._ending.discard(guest.uuid)  # the next look finds it again
             self.daemon.emit("problem", what=f"{action} of {guest.name}: {error}")
             self.daemon.log(f"{action} of {guest.name} failed: {error}")
             if action != "destroy":
@@ -534,12 +547,31 @@ class Guests:
                 self.daemon.emit("restart called off", name=guest.name, uuid=uuid)
             return
         failures = guest.failures + 1 if monotonic() - guest.born < afterlife.YOUNG else 0
-        restart = Restart(uuid, afterlife.successor(guest.config, record), failures, domid)
+        restart = _restart_of(guest, record, failures)
         if action != "destroy":
             await self._insist(guest, lambda _host, names: self._plan(restart, names))
+        last = await self._take_away(guest, action, restart)
+        if uuid not in self.by_uuid:
+            self._ending.discard(uuid)
+            self._unsettled.add(uuid)  # another command may have made one of that UUID meanwhile
+        if action != "destroy":
+            await self._restart(last)
+
+    async def _take_away(self, guest: Guest, action: str, restart: Restart) -> Restart:
+        """Destroy a dead domain, or set it aside: its restart with what it had at its very end."""
+        uuid, domid = guest.uuid, guest.domid
+        last = restart
+
+        def renew(record: Record) -> None:
+            """Others may have changed its devices until now, when they cannot any more."""
+            nonlocal last
+            last = _restart_of(guest, record, restart.failures)
+            if self.restarts.holds(uuid):
+                self.restarts.write(last)
+
         if action == "rename-restart":
             kept = await self._insist(
-                guest, lambda host, names: afterlife.set_aside(host, names, uuid, domid)
+                guest, lambda host, names: afterlife.set_aside(host, names, uuid, domid, renew)
             )
             self.forget(guest, "set aside")
             if kept is not None:
@@ -547,13 +579,9 @@ class Guests:
         else:
             if self.by_uuid.get(uuid) is guest:
                 self._let_go(guest)
-            await self._insist(guest, lambda host, names: _destroy(host, names, uuid, domid))
+            await self._insist(guest, lambda host, names: _destroy(host, names, uuid, domid, renew))
             self._tell_end(guest, "destroyed")
-        if uuid not in self.by_uuid:
-            self._ending.discard(uuid)
-            self._unsettled.add(uuid)  # another command may have made one of that UUID meanwhile
-        if action != "destroy":
-            await self._restart(restart)
+        return last
 
     def _plan(self, restart: Restart, names: Registry) -> None:
         """Write a restart down, unless somebody has destroyed the dead domain by now."""
@@ -598,20 +626,31 @@ class Guests:
         return None
 
     async def _restart(self, restart: Restart) -> None:
-        """Create the successor of a domain, in time. ChaosError, and then it is given up."""
+        """Create the successor of a domain, in time. An error, and then it is given up."""
         pause = afterlife.delay(restart.failures)
         name, uuid = restart.config.name, restart.uuid
         if pause:
             self.daemon.emit("restart waits", name=name, uuid=uuid, seconds=pause)
             await asyncio.sleep(pause)
-        if not self.restarts.holds(uuid):
-            self.daemon.emit("restart called off", name=name, uuid=uuid)
-            return
-        try:
-            again = await self.daemon.create_again(restart.config, uuid_module.UUID(uuid).bytes)
-        except Exception:
-            self.restarts.drop(uuid)
-            raise
+        tries, again = 0, None
+        while again is None:
+            if not self.restarts.holds(uuid):
+                self.daemon.emit("restart called off", name=name, uuid=uuid)
+                return
+            try:
+                again = await self.daemon.create_again(
+                    restart.config, uuid_module.UUID(uuid).bytes, restart.owner
+                )
+            except Exception as error:
+                tries += 1
+                if isinstance(error.__cause__ or error, LASTING) or tries == RESTART_TRIES:
+                    self.restarts.drop(uuid)
+                    raise
+                pause = afterlife.delay(tries)
+                what = f"the restart of {name}, again in {pause:.0f} s: {error}"
+                self.daemon.emit("problem", what=what, uuid=uuid)
+                self.daemon.log(what)
+                await asyncio.sleep(pause)
         again.failures = restart.failures
         if not self.restarts.drop(uuid):  # called off while it was made
             await self.end(uuid)
@@ -637,9 +676,21 @@ def _record_of(names: Registry, uuid: str, domid: int) -> Record | None:
     return record if record is not None and record.domid == domid else None
 
 
-def _destroy(host: Host, names: Registry, uuid: str, domid: int | None = None) -> None:
+def _restart_of(guest: Guest, record: Record, failures: int) -> Restart:
+    """The restart of a guest with the devices that its record has now."""
+    config = afterlife.successor(guest.config, record)
+    return Restart(guest.uuid, config, failures, guest.domid, record.owner)
+
+
+def _destroy(
+    host: Host,
+    names: Registry,
+    uuid: str,
+    domid: int | None = None,
+    ending: Callable[[Record], None] | None = None,
+) -> None:
     """Destroy the domain of a UUID, with ``domid`` only one of that number. ChaosError."""
     if names.read(uuid) is not None:
         domain = find_domain(host, names, uuid)
         if domid in {None, domain.domid}:
-            destroy(host, names, domain)
+            destroy(host, names, domain, ending=ending)

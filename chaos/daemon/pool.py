@@ -567,6 +567,7 @@ class Pool:
     def note(self, config: DomainConfig, source: Source, opened: Sequence[OpenImage]) -> None:
         """A request that no warm shell served: asked often, its shape gets shells of its own."""
         key = (shape_of(config), source.key_of(opened))
+        devices, room = len(config.vifs) + len(config.disks), len(config.metadata)
         now = self._loop.time()
         times = self._asked.setdefault(key, deque(maxlen=ASKED_OFTEN))
         self._asked.move_to_end(key)
@@ -580,7 +581,11 @@ class Pool:
             or len(times) < ASKED_OFTEN
             or now - times[0] > ASKED_WITHIN
             or len(adaptive) >= ADAPTIVE_MAX
-            or any((f.shape, f.source and f.source.key()) == key for f in self.flavours.values())
+            or any(
+                (flavour.shape, flavour.source and flavour.source.key()) == key
+                and more_pages(devices, flavour.room) >= more_pages(devices, room)
+                for flavour in self.flavours.values()
+            )
         ):
             return
         del self._asked[key]
@@ -595,7 +600,7 @@ class Pool:
                 blank(config, name),
                 self.settings.adaptive_size,
                 0,
-                0,
+                room,
                 key[0],
                 held,
                 adaptive=True,

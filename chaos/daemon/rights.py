@@ -13,7 +13,7 @@ import errno
 import os
 from socket import SO_PEERCRED, SOL_SOCKET
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xenctypes.errors import PermissionDenied, UsageError
 
@@ -38,6 +38,23 @@ class Peer(NamedTuple):
     uid: int
     gid: int
     groups: tuple[int, ...]
+
+    @property
+    def owner(self) -> dict[str, Any] | None:
+        """Whose rights these are, as a domain's record keeps it; None for root's."""
+        if not self.uid:
+            return None
+        return {"uid": self.uid, "gid": self.gid, "groups": [*self.groups]}
+
+
+ROOT = Peer(0, 0, 0, ())
+
+
+def peer_for(owner: dict[str, Any] | None) -> Peer:
+    """The rights that a record tells of, of no process."""
+    if owner is None:
+        return ROOT
+    return Peer(0, owner["uid"], owner["gid"], tuple(owner["groups"]))
 
 
 def peer_of(sock: socket.socket) -> Peer:

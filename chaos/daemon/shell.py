@@ -18,6 +18,7 @@ from chaos.disk import target_of
 from chaos.registry import RUNNING, SHELL, Record
 from chaos.steps import EXECUTE, HYPERVISOR, PREPARE, TOOLSTACK, Spent, Step, Timing, spent
 from chaos.store import Tenancy
+from noxs.abi import PAGE_SIZE
 from noxs.page import metadata_capacity, patch_identity, patch_metadata, patch_vif, publish
 from xenctypes.errors import PageError, StateError
 
@@ -125,13 +126,22 @@ class Shell:
         """Replace the record in place: one write, which a kill does not tear.
 
         Raises OSError if there is no room for all of it; a record that is no longer than before
-        can be written then.
+        can be written then. One of more than a page, which Linux writes page by page, looking for
+        a fatal signal before each (generic_perform_write, mm/filemap.c), gets a file of its own.
         """
         data = text.encode().ljust(self.record_size)
+        if len(data) > PAGE_SIZE:
+            self._replace_record(text)
+            return
         written = os.pwrite(self.record_fd, data, 0)
         self.record_size = max(written, self.record_size)
         if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _replace_record(self, text: str) -> None:
+        fd = self.names.replace_record(self.uuid, text)
+        self.close_record()
+        self.record_fd, self.record_size = fd, os.fstat(fd).st_size
 
 
 @dataclass(slots=True)
@@ -179,6 +189,7 @@ class Delivery:
             macs=[mac.hex(":") for mac in shell.macs],
             disks=shell.disks,
             created=self.created,
+            owner=self.peer.owner,
         )
 
     def tenancy(self, host: Host) -> Tenancy:

@@ -180,7 +180,8 @@ class Reader:
                 return parse()
 
         def keep(wanted: Wanted) -> None:
-            if not wanted.config.metadata_file:  # that may change by itself
+            # A metadata file may change by itself, and a new file without a word of that.
+            if not (wanted.config.metadata_file or identity.just_written):
                 self._cache[key] = identity, wanted
                 if len(self._cache) > CACHED_MAX:
                     self._cache.popitem(last=False)
@@ -199,7 +200,7 @@ class Reader:
             self._texts.move_to_end(key)
             return cached[1]
         text = configuration.read(path, full.removesuffix(path), regular=True)
-        if len(text) <= TEXT_MAX:
+        if len(text) <= TEXT_MAX and not identity.just_written:
             self._texts[key] = identity, text
             if len(self._texts) > CACHED_MAX:
                 self._texts.popitem(last=False)

@@ -63,13 +63,15 @@ def run(call: Invocation) -> int:
 
 
 def _attach(call: Invocation, change: Change) -> None:
+    from chaos.create import check_disks
+
     config, record = change.config, change.record
     wanted, warnings = parse_disk(*call.args.settings)
     for warning in warnings:
         call.warn(warning)
     disk.check_supported(wanted)
     grown = replace(config, disks=(*config.disks, wanted))  # which checks it beside the others
-    target = disk.look(wanted)
+    (target,) = check_disks(call.host, call.names, record.uuid, [wanted])
     had = [disk.target_of(entry) for entry in record.disks]
     disk.check_free(call.names, record.uuid, list(zip(grown.disks, [*had, target], strict=True)))
     before = record.disks
@@ -85,8 +87,8 @@ def _detach(call: Invocation, change: Change) -> None:
     gone = config.disks[index]
     if not change.ask(disk.KIND, gone.devid) and not call.args.force:
         raise StateError(
-            f'domain "{record.name}" does not close disk {gone.vdev}',
-            hint="unmount it there, or take it with --force",
+            f'domain "{record.name}" does not close disk {gone.vdev}, which is left closing',
+            hint="unmount it there and detach it again, or take it with --force",
         )
     change.take(disk.KIND, gone.devid)
     left = tuple(each for each in config.disks if each is not gone)

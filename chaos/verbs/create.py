@@ -202,7 +202,7 @@ def sources(args: Namespace) -> tuple[str, list[str]]:
 
 def _create(call: Invocation, builder: Builder, config: DomainConfig) -> Creation:
     args = call.args
-    creation = Creation(config, call.host, builder, call.names)
+    creation = Creation(config, call.host, builder, call.names, paused=args.paused)
     try:
         creation.run(UNPAUSED_STEPS if args.paused or args.console else CREATE_STEPS)
         if args.console:

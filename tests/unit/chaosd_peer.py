@@ -77,13 +77,22 @@ class Client:
         await self.send(frames.pack_request(ident, method, params))
 
     async def run(
-        self, ident: int, *argv: str, fds: tuple[int, int, int], cwd: str = "/", more: bytes = b""
+        self,
+        ident: int,
+        *argv: str,
+        fds: tuple[int, int, int],
+        cwd: str = "/",
+        said: str = "",
+        more: bytes = b"",
     ) -> None:
-        """Have a command run with these standard streams; ``more`` is sent in the same moment."""
+        """Have a command run with these standard streams; ``more`` is sent in the same moment.
+
+        ``said`` is where it says to be, if not where it is.
+        """
         words = [word.encode() for word in argv]
-        request = {"argv": words, "cwd": cwd.encode(), "env": {}}
+        request = {"argv": words, "cwd": (said or cwd).encode(), "env": {}}
         data = frames.pack_request(ident, "run", request)
-        directory = os.open("/", os.O_PATH)
+        directory = os.open(cwd, os.O_PATH)
         try:
             control = array.array("i", [*fds, directory])
             self.sock.sendmsg([data + more], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, control)])

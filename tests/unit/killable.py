@@ -58,9 +58,9 @@ class KillableRing(Ring):
 
 
 class KillableJournal(Journal):
-    def __init__(self, directory: Any, steps: Any) -> None:
+    def __init__(self, directory: Any, steps: Any, **more: Any) -> None:
         self.steps = steps
-        super().__init__(directory)
+        super().__init__(directory, **more)
 
     def __del__(self) -> None:
         self.close()  # as the kernel does for whoever was killed

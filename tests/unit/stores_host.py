@@ -114,7 +114,7 @@ class NoBridge:
     def stop(self) -> None:
         os.close(self.fd)
 
-    def attach(self, key: Any, front: bytes, back: bytes) -> None:
+    def attach(self, key: Any, front: bytes, back: bytes, _there: Any = None) -> None:
         self.links[key] = (front, back)
 
     def detach(self, key: Any) -> None:

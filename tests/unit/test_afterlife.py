@@ -76,8 +76,11 @@ def test_a_dead_domain_that_is_set_aside_is_not_lost(
     )
     names.reserve(record).close()
     names.reserve(Record(B, "web-1", state=RUNNING, domid=xen.create(B))).close()
+    had: list[Record] = []
     cut = killed(
-        monkeypatch, after, lambda: afterlife.set_aside(xen.host, Registry(names.path), A, domid)
+        monkeypatch,
+        after,
+        lambda: afterlife.set_aside(xen.host, Registry(names.path), A, domid, had.append),
     )
     names = again(xen, names.path)
     uuid = str(uuid_of(xen, domid))
@@ -105,10 +108,12 @@ def test_what_a_set_aside_had_begun_is_gone_on_with(tmp_path: Path) -> None:
     domid = xen.create(A, shutdown=True)
     names.reserve(Record(A, "web", state=RUNNING, domid=domid)).close()
     xen.failing["domain_sethandle"] = OSError("once")
+    had: list[Record] = []
     with pytest.raises(OSError, match="once"):
-        afterlife.set_aside(xen.host, names, A, domid)
+        afterlife.set_aside(xen.host, names, A, domid, had.append)
     xen.failing.clear()
-    uuid = afterlife.set_aside(xen.host, names, A, domid)
+    uuid = afterlife.set_aside(xen.host, names, A, domid, had.append)
+    assert len(had) == 1  # what was there the second time is not what the successor gets
     assert uuid == str(uuid_of(xen, domid)) == names.uuid_of("web-1")
     assert names.uuids() == [uuid]
     assert names.uuid_of("web") is None
@@ -119,7 +124,7 @@ def test_a_successor_is_not_set_aside(tmp_path: Path) -> None:
     dead, domid = xen.create(B, shutdown=True), xen.create(A)
     names.reserve(Record(A, "web", state=RUNNING, domid=domid)).close()
     with pytest.raises(StateError, match="is gone"):
-        afterlife.set_aside(xen.host, names, A, dead)
+        afterlife.set_aside(xen.host, names, A, dead, pytest.fail)
     assert names.uuid_of("web") == A == str(uuid_of(xen, domid))
 
 

@@ -8,13 +8,14 @@ import pty
 import select
 import termios
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from chaosd_peer import PATIENCE, Lab, holds, run
 
 from chaos import frames
-from chaos.daemon import core, guests, streams
+from chaos.daemon import command, core, guests, streams
 from chaos.daemon.core import WAIT_THREADS
 from chaos.daemon.streams import Output
 from chaos.verbs import destroy, info, shutdown
@@ -278,6 +279,54 @@ def test_who_changes_something_is_logged_however_it_is_written(
             assert "logs {'domain': 'web'}" in lab.daemon.lines[0]
 
     run(tmp_path, story)
+
+
+def test_a_directory_that_is_another_here_is_the_client_s_business(
+    tmp_path: Path, null: int
+) -> None:
+    """Of a client with mounts of its own: its files are not those that the paths name here."""
+    config = "/none.cfg"
+    other = tmp_path / "other"
+    other.mkdir()
+
+    async def story(lab: Lab) -> None:
+        async with asyncio.timeout(PATIENCE):
+            with await lab.client() as client:
+                for words in (["create", config], ["-v", "create", config]):
+                    for said, kind in ((tmp_path, frames.EXEC), (other, frames.OK)):
+                        await client.run(
+                            1, *words, fds=(null, null, null), cwd=str(other), said=str(said)
+                        )
+                        reply = await client.reply()
+                        assert reply is not None
+                        assert reply.kind == kind
+
+    run(tmp_path, story)
+
+
+def test_descriptors_are_closed_where_no_thread_can_be(
+    tmp_path: Path, null: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+
+    class Refused:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    async def story(lab: Lab) -> None:
+        with await lab.client() as client:
+            monkeypatch.setattr(command, "threading", SimpleNamespace(Thread=Refused))
+            await client.run(1, "pool", "none", fds=(write, null, null))
+            os.close(write)
+            assert (await client.reply()) is not None
+            assert select.select([read], [], [], PATIENCE)[0]
+            assert os.read(read, 1) == b""
+
+    run(tmp_path, story)
+    os.close(read)
 
 
 def test_output_is_bounded(null: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ import asyncio
 import io
 from argparse import Namespace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from chaos.daemon.creating import _stay
+from chaos.daemon.creating import Batch, _stay
 from chaos.daemon.events import BACKLOG, Events
 from chaos.domconfig import DomainConfig
 from chaos.verbs.create import members
@@ -148,3 +148,21 @@ def test_what_it_did_not_hear_of_it_looks_for() -> None:
         assert not await stay.lose()
 
     asyncio.run(story())
+
+
+def test_what_is_taken_back_does_not_come_back() -> None:
+    """Its death may be dealt with already, before its end or while that goes on."""
+    planned: set[str] = {UUID}
+
+    async def end(uuid: str) -> None:
+        assert planned == set()
+        planned.add(uuid)  # its death is noticed
+
+    async def take_back() -> None:
+        guests = SimpleNamespace(end=end, restarts=SimpleNamespace(drop=planned.discard))
+        batch = Batch(cast("Any", SimpleNamespace(daemon=SimpleNamespace(guests=guests))))
+        batch.made.append(cast("Any", SimpleNamespace(shell=SimpleNamespace(uuid=UUID))))
+        await batch.take_back()
+
+    asyncio.run(take_back())
+    assert planned == set()

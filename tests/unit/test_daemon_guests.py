@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import uuid
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ from paper_xen import Xen
 from chaos import afterlife, registry
 from chaos.daemon import guests as module
 from chaos.daemon.guests import EVENTS_FREE, Guest, Guests
+from chaos.diskspec import DiskConfig, parse_disk
 from chaos.domconfig import DomainConfig
 from chaos.registry import RUNNING, Record, Registry
 from chaos.vifspec import VifConfig
 from noxs.abi import STATE_READY
 from noxs.page import GUEST, GUEST_OFFSET
-from xenctypes.errors import CallFailed
+from xenctypes.errors import CallFailed, ImageError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -32,6 +34,7 @@ A = "00000000-0000-4000-8000-00000000000a"
 B = "00000000-0000-4000-8000-00000000000b"
 SHELL = "00000000-0000-4000-8000-00000000000c"
 PATIENCE = 10.0
+CRASHING = DomainConfig(name="web", memory=4, on_crash="restart")
 BUSY = CallFailed("xen", errno.EBUSY)
 
 
@@ -48,6 +51,8 @@ class Lab:
         self.lines: list[str] = []
         self.on_the_bus: list[tuple[str, list[bytes]]] = []
         self.again: list[str] = []
+        self.owners: list[dict[str, Any] | None] = []
+        self.disks: tuple[DiskConfig, ...] = ()
         self.loop = asyncio.get_running_loop()
         self.news = asyncio.Event()
         self.tasks: list[asyncio.Task[Any]] = []
@@ -79,8 +84,12 @@ class Lab:
     def tell_the_bus(self, guest: Guest, macs: list[bytes]) -> None:
         self.on_the_bus.append((guest.uuid, macs))
 
-    async def create_again(self, config: DomainConfig, uuid: bytes) -> Guest:
+    async def create_again(
+        self, config: DomainConfig, uuid: bytes, owner: dict[str, Any] | None
+    ) -> Guest:
         self.again.append(config.name)
+        self.owners.append(owner)
+        self.disks = config.disks
         assert self.xen.of(A) is None
         record = Record(A, config.name, RUNNING, self.xen.create(A))
         guest = Guest(record, config)
@@ -329,13 +338,28 @@ def test_only_the_domain_of_that_number_is_destroyed(run: Callable[..., None]) -
     run(test)
 
 
-def test_whoever_waits_for_a_restart_hears_that_there_is_none(run: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    ("failure", "tries"),
+    [
+        (OSError(errno.ENOSPC, "no room"), module.RESTART_TRIES),
+        (StateError("no room"), 1),
+    ],
+    ids=["passing", "lasting"],
+)
+def test_whoever_waits_for_a_restart_hears_that_there_is_none(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch, failure: Exception, tries: int
+) -> None:
+    monkeypatch.setattr(afterlife, "delay", lambda _: 0.0)
+
     async def test(lab: Lab) -> None:
         record = lab.record(shutdown=True, shutdown_reason=3)
         lab.adopted(record).born -= 2 * afterlife.YOUNG
+        failures = 0
 
         async def fail(*_: object) -> Guest:
-            raise OSError(errno.ENOSPC, "no room")
+            nonlocal failures
+            failures += 1
+            raise failure
 
         lab.create_again = fail  # type: ignore[method-assign]
         lab.guests._look_now()
@@ -343,6 +367,8 @@ def test_whoever_waits_for_a_restart_hears_that_there_is_none(run: Callable[...,
         kind, data, _ = lab.told[-1]
         assert (kind, data["uuid"]) == ("restart failed", A)
         assert "no room" in data["what"]
+        assert failures == tries
+        assert lab.guests.restarts.all() == []
         # Destroyed before anything was planned.
         record = lab.record(shutdown=True, shutdown_reason=3)
         lab.adopted(record)
@@ -351,6 +377,72 @@ def test_whoever_waits_for_a_restart_hears_that_there_is_none(run: Callable[...,
             lab.names.forget(entry, record)
         await lab.tasks[1]
         assert lab.told[-1][:2] == ("restart called off", {"name": "web", "uuid": A})
+
+    run(test)
+
+
+@pytest.mark.parametrize("called_off", [False, True])
+def test_a_restart_is_tried_again_unless_it_is_called_off(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch, called_off: bool
+) -> None:
+    """Its maker was killed, or memory was short for a moment: the guest is not lost for that."""
+
+    async def test(lab: Lab) -> None:
+        create = lab.create_again
+        failures = [ImageError("its maker was killed"), OSError(errno.ENOSPC, "no room")]
+
+        async def fail(*args: Any) -> Guest:
+            if failures:
+                raise failures.pop()
+            return await create(*args)
+
+        def delay(tries: int) -> float:
+            if tries and called_off:
+                lab.guests.restarts.drop(A)
+            return 0.0
+
+        monkeypatch.setattr(lab, "create_again", fail)
+        monkeypatch.setattr(afterlife, "delay", delay)
+        lab.adopted(lab.record(shutdown=True, shutdown_reason=3)).born -= 2 * afterlife.YOUNG
+        lab.guests._look_now()
+        await lab.tasks[0]
+        assert lab.again == ([] if called_off else ["web"])
+        assert lab.kinds().count("problem") == (1 if called_off else 2)
+        assert (lab.kinds()[-1] == "restart called off") == called_off
+        assert lab.guests.restarts.all() == []
+
+    run(test)
+
+
+def test_a_restart_has_the_rights_and_the_devices_of_the_dead_one(
+    run: Callable[..., None],
+) -> None:
+    """The rights of who had it made, and the disks that it had at its very end."""
+    owner = {"uid": 1000, "gid": 1001, "groups": [7]}
+
+    async def test(lab: Lab) -> None:
+        record = lab.record(shutdown=True, shutdown_reason=3)
+        record.owner = owner
+        disk = parse_disk("/srv/d,raw,xvda,rw")[0]
+        record.config["disk"] = replace(CRASHING, disks=(disk,)).as_dict()["disk"]
+        with lab.names.entry(A) as entry:
+            entry.write(record)
+        lab.adopted(record).born -= 2 * afterlife.YOUNG
+        write = lab.guests.restarts.write
+
+        def late(restart: Restart) -> None:
+            write(restart)
+            if restart.config.disks:  # somebody detaches it now
+                record.config["disk"] = []
+                with lab.names.entry(A) as entry:
+                    entry.write(record)
+
+        lab.guests.restarts.write = late  # type: ignore[method-assign]
+        lab.guests._look_now()
+        await lab.tasks[0]
+        assert lab.again == ["web"]
+        assert lab.owners == [owner]
+        assert lab.disks == ()
 
     run(test)
 

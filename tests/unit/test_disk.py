@@ -333,3 +333,38 @@ def test_a_disk_goes_with_its_nodes_and_its_loop_device(
     with pytest.raises(DeviceError, match="does not let go of vbd-7-51712"):
         disk.disconnect_all(bus, 7)
     assert not bus.exists(BACK)
+
+
+def test_a_loop_device_that_is_another_guests_by_now_is_not_waited_for(
+    bus: Bus, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same number, and maybe the same file: a base image that many guests read."""
+    monkeypatch.setattr(blockdev, "SYSFS", str(host))
+    monkeypatch.setattr(disk, "DETACH_TIMEOUT", 0.01)
+    behind, counted = host / "loop3/loop/backing_file", host / "loop3/diskseq"
+    behind.parent.mkdir(parents=True)
+    behind.write_text("/a\n")
+    counted.write_text("17\n")
+    said = {hotplug.PHYSICAL_DEVICE: "7:3", hotplug.SEQUENCE: "17"}
+    both = [*disk.nodes(7, prepared()), *((f"{BACK}/{key}", said[key]) for key in said)]
+    bus.write_many(both)
+    with pytest.raises(DeviceError, match="/a is still held by loop3"):
+        disk.disconnect_all(bus, 7)
+    # Taken over before we begin: the guest had made its back end go.
+    bus.write_many(both)
+    counted.write_text("18\n")
+    behind.write_text("/b\n")
+    disk.disconnect_all(bus, 7)
+    # And while we wait.
+    behind.write_text("/a\n")
+    counted.write_text("17\n")
+    bus.write_many(both)
+    close = backend.close
+
+    def closed(*arguments: Any) -> None:
+        close(*arguments)
+        counted.write_text("19\n")
+
+    monkeypatch.setattr(backend, "close", closed)
+    disk.disconnect_all(bus, 7)
+    assert not bus.exists(BACK)

@@ -169,8 +169,9 @@ def test_what_cannot_be_trusted_is_refused(tmp_path: Path, change: str) -> None:
     path.write_bytes(data)
     if change == "no snapshot":
         path.unlink()
-    with pytest.raises(StateError, match=r"version|damaged|without a snapshot"):
+    with pytest.raises(StateError, match=r"version|damaged|without a snapshot") as refused:
         reopened(tmp_path)
+    assert "reboot the host" in refused.value.hint
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

@@ -168,6 +168,28 @@ def test_forget_is_idempotent_and_spares_a_successor_of_the_name(names: Registry
     assert names.uuid_of("web") == B
 
 
+def test_forget_spares_a_successor_of_the_uuid(
+    names: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the place as soon as that is free, and there is one moment in which it is empty."""
+    record = Record(A, "web", RUNNING, domid=1)
+    entry = names.reserve(record)
+    rmdir = os.rmdir
+
+    def late(path: str) -> None:
+        Registry(names.path).reserve(Record(A, "again", RUNNING, domid=2)).close()
+        rmdir(path)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    names.forget(entry, record)
+    monkeypatch.undo()
+    entry.close()
+    successor = names.read(A)
+    assert successor is not None
+    assert (successor.name, successor.domid) == ("again", 2)
+    assert names.uuids() == os.listdir(f"{names.path}/domains") == [A]
+
+
 def test_the_lock_of_an_entry_excludes(names: Registry) -> None:
     with names.reserve(Record(A, "web")), names.entry(A) as other:
         assert not other.lock(wait=False)

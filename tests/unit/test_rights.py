@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from typing import TYPE_CHECKING
 
 import pytest
 
-from chaos.daemon.rights import GROUPS_USUAL, peer_of
+from chaos.daemon.rights import GROUPS_USUAL, ROOT, Peer, peer_for, peer_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,3 +37,11 @@ def test_all_groups_of_a_peer_are_known(tmp_path: Path, count: int) -> None:
             peer = peer_of(accepted)
     os.waitpid(child, 0)
     assert (peer.pid, peer.uid, peer.gid, peer.groups) == (child, 0, os.getegid(), groups)
+
+
+@pytest.mark.parametrize("peer", [Peer(7, 0, 0, (1,)), Peer(7, 1000, 1001, (4, 1002))])
+def test_a_record_s_owner_has_the_rights_of_the_peer(peer: Peer) -> None:
+    owner = json.loads(json.dumps(peer.owner))
+    again = peer_for(owner)
+    assert (owner is None) == (peer.uid == 0)
+    assert again == (ROOT if owner is None else peer._replace(pid=0))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
 import pytest
 from paper_xen import Xen
 
+from chaos.configjson import from_dict
 from chaos.daemon.rights import Peer
 from chaos.daemon.shell import PAUSED_STEPS, Delivery, Shell
 from chaos.domconfig import DomainConfig
 from chaos.registry import RUNNING, SHELL, Record, Registry
 from chaos.shape import shape_of
 from chaos.steps import perform
+from noxs.abi import PAGE_SIZE
 from xenctypes.errors import StepError
 
 if TYPE_CHECKING:
@@ -53,4 +56,33 @@ def test_a_record_that_does_not_fit_undoes_the_delivery(
     record = names.read(A)
     assert record is not None
     assert (record.state, record.name) == (RUNNING, "web")
+    shell.let_go()
+
+
+def test_a_record_of_several_pages_is_not_written_over_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill may come between two of them."""
+    xen, names = Xen(), Registry(str(tmp_path / "run"))
+    names.prepare()
+    names.add_shell(Record(A, "", state=SHELL))
+    config = DomainConfig(name="web", memory=4, metadata=bytes(3 * PAGE_SIZE))
+    shell = Shell(xen.host, names, A, shape_of(config), [], 0)
+    made = {
+        "domid": xen.create(A), "console_port": 1, "store_port": 2, "console_frame": 3,
+        "store_frame": -1, "noxs": False, "timings": [], "store": "", "disks": [],
+    }  # fmt: skip
+    shell.take_over(made)
+    monkeypatch.setattr(os, "pwrite", None)
+    peer = Peer(1, 1000, 1000, ())
+    text = json.dumps(config.as_dict())
+    perform(PAUSED_STEPS, Delivery(shell, config, text, peer), [], subject="cannot create it")
+    record = names.read(A)
+    assert record is not None
+    assert (record.state, record.owner) == (RUNNING, peer.owner)
+    assert from_dict(record.config) == config
+    assert os.listdir(f"{names.path}/domains/{A}") == ["domain.json"]
+    monkeypatch.undo()
+    path = f"{names.path}/domains/{A}/domain.json"
+    assert os.path.samestat(os.fstat(shell.record_fd), os.stat(path))
     shell.let_go()

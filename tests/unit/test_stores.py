@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores_host import UUID, Control, Guest, Host
 
-from noxs import guestring, wire
+from noxs import guestloop, guestring, wire
 from xenctypes.errors import CallFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 OK = [b"OK\0"]
@@ -184,6 +187,47 @@ def test_a_release_is_complete_even_if_xen_resists(
     assert control.ask(wire.READ, "/local/domain/5/name") == b"ENOENT\0"
     assert os.listdir(host.state) == []
     assert "xengnttab_unmap" in host.said[-1]
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """As in the daemon: what refers to itself is there for ever."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_nothing_is_left_of_a_released_guest(host: Host, control: Control, guest: Guest) -> None:
+    assert control.ask(wire.WATCH, "/local/domain/5/data", "c") == b"OK\0"
+    assert control.ask(wire.CONTROL, "attach", 5, "vif", 0, "mac", "m") == b"OK\0"
+    guest.watch(b"data")
+    guest.ask(wire.TRANSACTION_START, b"\0")
+    guest.write(b"data/x", b"1", tx=1)
+    guest.write(b"device/vif/0/state", b"3")
+    guest.write(b"/local/domain/6/x")
+    served = host.stores.guests[5]
+    left = [weakref.ref(each) for each in (served, served.store, served.store.tree)]
+    del served
+    assert control.ask(wire.RELEASE, 5) == b"OK\0"
+    assert [ref() for ref in left] == [None] * 3
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_nothing_is_left_of_a_guest_that_cannot_be_opened(
+    host: Host, control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = []
+
+    def full(journal: Any, _state: bytes) -> None:
+        left.append(weakref.ref(journal))
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(guestloop.Journal, "replace", full)
+    assert control.ask(wire.CONTROL, "open", 5, UUID % 5, "n") == b"ENOSPC\0"
+    assert [ref() for ref in left] == [None]
+    assert os.listdir(host.state) == []
 
 
 words = st.sampled_from([
@@ -445,6 +489,26 @@ def test_events_without_requests_cost_whoever_sends_them(host: Host, guest: Gues
         else:
             host.clock.now += 0.01
     assert 15000 < visits < 25000
+
+
+def test_changes_are_counted_for_each_device(host: Host, control: Control, guest: Guest) -> None:
+    """What is passed on is bounded for a guest, whatever it has of devices."""
+    for devid in range(50):
+        assert control.ask(wire.CONTROL, "attach", 5, "vif", devid) == b"OK\0"
+    host.clock.now += 10
+    guest.ask(wire.TRANSACTION_START, b"\0")
+    for devid in range(50):
+        assert guest.write(b"device/vif/%d/state" % devid, b"3", tx=1) == OK
+    assert guest.ask(wire.TRANSACTION_END, b"T\0", tx=1) == OK
+    host.turn()
+    assert 20 <= len(host.bridge.told) <= 21
+    for _ in range(200):
+        host.turn(0.01)
+    assert 39 <= len(host.bridge.told) <= 42
+    for _ in range(200):
+        host.turn(0.01)
+    assert [token for (_, token), _ in host.bridge.told] == [b"vif/%d" % n for n in range(50)]
+    assert {changes[b"state"] for _, changes in host.bridge.told} == {b"3"}
 
 
 def test_a_big_commit_under_many_watches_is_soon_done(guest: Guest) -> None:

@@ -30,7 +30,9 @@ class KillableHost(Host):
         self.steps = Steps()
         self.kills = 0
         patch.setattr(guestloop, "Ring", lambda view: KillableRing(view, self.steps))
-        patch.setattr(guestloop, "Journal", lambda path: KillableJournal(path, self.steps))
+        patch.setattr(
+            guestloop, "Journal", lambda path, **more: KillableJournal(path, self.steps, **more)
+        )
         super().__init__(directory, journal=journal)
 
     def turn(self, seconds: float = 0.001) -> None:
@@ -242,6 +244,8 @@ def test_a_journal_that_is_damaged_costs_one_guest(tmp_path: Path) -> None:
     host.restart()
     assert list(host.stores.guests) == [6]
     assert "domain 5 has lost its store" in host.said[-1]
+    assert "destroy the guest and create it again" in host.said[-1]
+    assert "reboot the host" not in host.said[-1]
 
 
 def test_a_journal_that_cannot_be_replayed_costs_one_guest(
@@ -341,6 +345,35 @@ def test_a_guest_has_no_more_kept_than_it_may(tmp_path: Path) -> None:
     assert reply == [b"OK\0"]
     host.restart()
     assert guest.read(b"attr/b") == b"v" * 2000
+
+
+def test_guests_together_have_no_more_kept_than_they_may(tmp_path: Path) -> None:
+    """Whoever has more than its share is refused more, across restarts; the others are not."""
+    host = Host(tmp_path)
+    greedy, modest = host.guest(5), host.guest(6)
+    assert host.stores.budget > 1 << 20
+    modest.write(b"data/x", b"1")
+
+    def fill(guest: Guest) -> list[Any]:
+        return [guest.write(b"data/%d" % n, b"v" * 2000)[0] for n in range(300)]
+
+    host.stores.budget = 300_000
+    replies = fill(greedy)
+    assert (replies[0], replies[-1]) == (b"OK\0", b"ENOMEM\0")
+    assert host.stores.kept < 700_000
+    files = [path for path in Path(host.state).rglob("*") if path.is_file()]
+    heads = 12 * len(files) // 2  # of the snapshots
+    assert host.stores.kept == sum(path.stat().st_size for path in files) - heads
+    assert modest.write(b"data/y", b"2" * 2000) == [b"OK\0"]
+    host.restart()
+    assert greedy.write(b"data/z", b"3") == [b"ENOMEM\0"]
+    assert modest.write(b"data/y", b"3") == [b"OK\0"]
+    assert greedy.ask(wire.RM, b"data\0") == [b"OK\0"]
+    host.until(lambda: greedy.write(b"attr/b", b"v" * 2000) == [b"OK\0"])
+    assert Control(host).ask(wire.RELEASE, 5) == b"OK\0"
+    left = host.stores.guests[6].journal
+    assert left is not None
+    assert host.stores.kept == left.base + left.length
 
 
 # A real process, and SIGKILL

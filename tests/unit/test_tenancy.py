@@ -20,6 +20,7 @@ from chaos import backend, config, control, disk, store, vif
 from chaos.afterlife import successor
 from chaos.control import Request
 from chaos.destroy import end, strip
+from chaos.diskspec import parse_disk
 from chaos.domconfig import DomainConfig
 from chaos.registry import RUNNING, Record, Registry
 from chaos.steps import perform
@@ -422,6 +423,23 @@ def test_a_vif_that_is_not_plugged_is_not_there(
     assert not host.bus.exists(BACK)
 
 
+def test_a_disk_of_a_dead_domain_is_nobodys(
+    host: Any, running: Any, xendevd: list[str], tmp_path: Path
+) -> None:
+    names, image = running.names, tmp_path / "image"
+    image.write_bytes(bytes(512))
+    (config, _), asked = parse_disk(f"{image},raw,xvda,w"), [f"{image},raw,xvda,w"]
+    dead = Record(UUID % 6, "dead", state=RUNNING, domid=host.ctrl.create(UUID % 6))
+    dead.disks = [disk.entry(config, disk.look(config))]
+    names.reserve(dead).close()
+    with pytest.raises(DeviceError, match='is a disk of "dead" already'):
+        block.run(call(host, names, "block-attach", settings=asked))
+    del host.ctrl.domains[dead.domid]
+    block.run(call(host, names, "block-attach", settings=asked))
+    assert names.read(dead.uuid) is None
+    assert [entry["vdev"] for entry in names.read(running.uuid).disks] == ["xvda"]
+
+
 def test_a_disk_comes_and_goes(
     host: Any, running: Any, xendevd: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,13 +479,21 @@ def test_a_disk_comes_and_goes(
     }  # fmt: skip
     with pytest.raises(StateError, match="has no disk xvdb"):
         block.run(call(host, names, "block-detach", vdev="xvdb", force=False))
-    with pytest.raises(StateError, match="does not close disk xvda"):
+    host.bus.write(f"{DISK_FRONT}/state", 4)
+    with pytest.raises(StateError, match="does not close disk xvda, which is left closing"):
         block.run(call(host, names, "block-detach", vdev="xvda", force=False))
     assert host.bus.read(f"{DISK_BACK}/state") == "5"
     block.run(call(host, names, "block-detach", vdev="51712", force=True))
     now = names.read(running.uuid)
     assert (now.disks, now.config["disk"]) == ([], [])
     assert not host.stores.exists(DISK_FRONT)
+    assert not host.bus.exists(DISK_BACK)
+
+    # A guest without a driver for disks has nothing to close.
+    monkeypatch.setattr(backend, "CLOSE_SECONDS", 0.0)
+    block.run(call(host, names, "block-attach", settings=words))
+    block.run(call(host, names, "block-detach", vdev="xvda", force=False))
+    assert names.read(running.uuid).disks == []
     assert not host.bus.exists(DISK_BACK)
 
     xendevd[:] = [hotplug.ERROR, "no loop device"]

@@ -27,7 +27,9 @@ MINE = Peer(1, os.getuid(), os.getgid(), ())
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that was written long ago."""
+    monkeypatch.setattr(image, "JUST_NS", 0)
     path = tmp_path / "a.cfg"
     path.write_text('name="a"\nmemory=4\nkernel="k.elf"\nvif=["bridge=br"]\n')
     return path
@@ -49,6 +51,41 @@ def test_a_file_s_text_is_read_once(config: Path, monkeypatch: pytest.MonkeyPatc
     reader.read(MINE, str(config.parent), "a.cfg", ["memory=5"])
     monkeypatch.setattr(os, "open", None)
     assert reader.read(MINE, str(config.parent), "a.cfg", ["memory=6"]).config.memory == 6
+
+
+def test_a_file_that_was_written_this_moment_is_read_again(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be written once more within a tick of the clock that stamps it."""
+    monkeypatch.setattr(image, "JUST_NS", 1 << 62)
+    reader = Reader()
+    before = os.stat(config)
+    first = reader.read(MINE, str(config.parent), "a.cfg", [])
+    monkeypatch.setattr(os, "stat", lambda _: before)
+    config.write_text(config.read_text().replace("memory=4", "memory=5"))
+    again = reader.read(MINE, str(config.parent), "a.cfg", [])
+    other = reader.read(MINE, str(config.parent), "a.cfg", ["vcpus=2"])
+    assert [each.config.memory for each in (first, again, other)] == [4, 5, 5]
+
+
+def test_what_the_daemon_has_open_is_not_named_by_its_number(tmp_path: Path, config: Path) -> None:
+    """A path through /proc/self means what the one has who says it."""
+    secret = tmp_path / "secret"
+    secret.write_text("of the daemon")
+    fd = os.open(secret, os.O_RDONLY)
+    try:
+        link = tmp_path / "link"
+        link.symlink_to("/proc/self/fd")
+        for path in (f"/proc/self/fd/{fd}", f"//proc/self/fd/{fd}", f"{link}/{fd}"):
+            override = f'noxs_metadata_file="{path}"'
+            with pytest.raises(ConfigError, match="Too many levels of symbolic links"):
+                Reader().read(MINE, "/", str(config), [override])
+            with pytest.raises(ImageError, match="Too many levels"):
+                Source(path, "", "").open()
+        with pytest.raises(ConfigError, match="procfs would tell of chaosd"):
+            Reader().read(MINE, "/", str(config), ['noxs_metadata_file="/proc/self/maps"'])
+    finally:
+        os.close(fd)
 
 
 def outcome(read: Callable[[], object]) -> object:
@@ -201,6 +238,7 @@ def test_a_long_configuration_holds_up_nobody(
         return parse(*args)
 
     monkeypatch.setattr(xlcfg, "parse", slowly)
+    monkeypatch.setattr(image, "JUST_NS", 0)  # else it is not kept
     null = os.open(os.devnull, os.O_RDWR)
 
     async def story(lab: Lab) -> None:

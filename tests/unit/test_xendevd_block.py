@@ -96,6 +96,20 @@ def test_a_file_gets_a_loop_device_for_as_long_as_the_disk_is_there(bench: Bench
     bench.disks.handle([VbdEvent(OFFLINE, event.path)])
 
 
+def test_a_loop_device_can_be_told_from_the_next_with_its_number(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockdev, "SYSFS", str(bench.directory))
+    event = bench.vbd(3, bench.image())
+    assert bench.plug(event) == ("7:0", CONNECTED, None)
+    assert bench.bus.get(f"{event.path}/{hotplug.SEQUENCE}") is None
+    bench.bus.rm(event.path)
+    (bench.directory / "loop0").mkdir()
+    (bench.directory / "loop0/diskseq").write_text("17\n")
+    assert bench.plug(bench.vbd(3, bench.image())) == ("7:0", CONNECTED, None)
+    assert bench.bus.get(f"{event.path}/{hotplug.SEQUENCE}") == "17"
+
+
 def test_a_disk_that_came_and_went_and_came_has_one_loop_device(bench: Bench) -> None:
     event = bench.vbd(3, bench.image())
     bench.plug(event)

@@ -9,14 +9,13 @@ import pytest
 from netns import in_namespace, tap
 from noxsd_process import Noxsd
 
-from noxs import hotplug
+from noxs import hotplug, lockfile
 from noxs.bus import Bus
 from noxs.hotplug import BusError
 from xendevd.monitor import OFFLINE, ONLINE, Monitor, VifEvent, present, translate
 from xendevd.netlink import Link, Rtnetlink
 from xendevd.openvswitch import OpenVSwitch
 from xendevd.plugger import Plugger
-from xendevd.xendevd import take_lock
 
 NOWHERE = ("/nonexistent/db.sock",)
 
@@ -221,9 +220,9 @@ def test_the_monitor_hears_the_kernel() -> None:
 def test_one_xendevd_and_others_see_it(tmp_path: Path) -> None:
     path = str(tmp_path / "lock")
     assert not hotplug.running(path)
-    fd = take_lock(path)
+    fd = lockfile.take(path, "xendevd")
     assert hotplug.running(path)
     with pytest.raises(BusError, match="another xendevd"):
-        take_lock(path)
+        lockfile.take(path, "xendevd", wait=0)
     os.close(fd)
     assert not hotplug.running(path)
