@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -148,10 +150,15 @@ def test_a_restarted_daemon_disturbs_no_guest(
             assert chaos.call("wait", domain="g81", timeout=5)["outcome"] == "ready"
             assert b"daytime" in chaos.call("logs", domain="g82")
         daemon.stop()
+        alone = ["chaos", "create", "-p", "--json", HELLO, 'name="alone"']
+        made = subprocess.run(alone, capture_output=True, text=True, check=True)
+        before["alone"] = itemgetter("uuid", "domid")(json.loads(made.stdout))
         daemon.start()
         with Chaos() as chaos:
             assert {d["name"]: (d["uuid"], d["domid"]) for d in chaos.call("list")} == before
             assert pings.lost() == {}
+            chaos.call("destroy", domains=["alone"])
+            del before["alone"]
             chaos.call("destroy", domains=["g81"])
             # Who had the guest's pages mapped (xenstored) holds its remains for a moment more.
             left = before.keys() - {"g81"}

@@ -8,11 +8,13 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -444,23 +446,53 @@ def fds_of(pid: int) -> bool:
     return any(link.startswith("socket:") for link in links)
 
 
+MEMBER = 65534
+
+
+def as_member(*argv: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a member of the group."""
+    gid = int(Path("/etc/group").read_text().split("\nchaos:x:")[1].split(":")[0])
+    rights = [f"--reuid={MEMBER}", f"--regid={MEMBER}", f"--groups={MEMBER},{gid}"]
+    return subprocess.run(
+        ["setpriv", *rights, "chaos", *argv], capture_output=True, text=True, check=False, cwd="/"
+    )
+
+
+def test_a_restart_has_the_rights_of_who_had_it_made(host: Host, chaos: Chaos) -> None:
+    """Its owner puts a link to a file in the image's place that he may not read."""
+    with TemporaryDirectory() as folder:
+        secret, kernel = Path(folder, "secret"), Path(folder, "mine", "k")
+        kernel.parent.mkdir()
+        Path(folder).chmod(0o711)
+        os.chown(kernel.parent, MEMBER, MEMBER)
+        for path in (secret, kernel):
+            shutil.copy(f"{GUESTS}/hello.elf", path)
+        secret.chmod(0o600)
+        wanted = [f'kernel="{kernel}"', 'name="mine"', 'on_reboot="restart"']
+        run = as_member("create", "--json", HELLO, *wanted)
+        assert run.returncode == 0, run.stderr
+        events = chaos.submit("events")
+        host.ctrl.domain_shutdown(guest_domid(chaos, "mine"), 1)
+        again = next(e for e in events.progress if e["event"] == "created")
+        assert again["by"] == {"uid": MEMBER, "pid": 0}
+        assert chaos.call("wait", domain="mine", timeout=30)["outcome"] == "ready"
+        kernel.unlink()
+        kernel.symlink_to(secret)
+        host.ctrl.domain_shutdown(guest_domid(chaos, "mine"), 1)
+        problem = next(e for e in events.progress if e["event"] in {"problem", "created"})
+        events.cancel()
+        assert "k' cannot be opened: Permission denied" in problem["what"]
+        assert chaos.call("destroy", domains=["mine"])[0]["domid"] is None  # it has none by now
+
+
 def test_members_of_the_group_have_their_own_rights_on_files(tmp_path: Path, warm: None) -> None:
     secret = tmp_path / "secret.cfg"
     secret.write_text('name="secret"\nkernel="/root/k"\n')
     secret.chmod(0o600)
-    member = ["setpriv", "--reuid=65534", "--regid=65534", "--groups=65534,{gid}"]
-    gid = int(Path("/etc/group").read_text().split("\nchaos:x:")[1].split(":")[0])
-    member[-1] = member[-1].format(gid=gid)
-    run = subprocess.run(
-        [*member, "chaos", "create", str(secret)],
-        capture_output=True, text=True, check=False, cwd="/",
-    )  # fmt: skip
+    run = as_member("create", str(secret))
     assert run.returncode == 2
     assert "Permission denied" in run.stderr
-    hello = ["create", HELLO, f'kernel="{GUESTS}/hello.elf"', 'name="mine"']
-    run = subprocess.run(
-        [*member, "chaos", *hello], capture_output=True, text=True, check=False, cwd="/"
-    )
+    run = as_member("create", HELLO, f'kernel="{GUESTS}/hello.elf"', 'name="mine"')
     assert run.returncode == 0, run.stderr
     outsider = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     run = subprocess.run(

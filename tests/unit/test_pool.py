@@ -548,6 +548,26 @@ def adaptive(pool: Pool, asked: Any) -> Flavour:
     return flavour
 
 
+def test_an_adaptive_flavour_has_room_for_the_metadata_that_was_asked_for(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "k").write_bytes(b"image")
+
+    async def test(lab: Lab) -> None:
+        plain, rich = want(config()), want(replace(config(), metadata=bytes(8192)))
+        for asked in (plain, rich):
+            asked.source.kernel = str(tmp_path / "k")
+        assert rich.pages > plain.pages
+        adaptive(lab.pool, plain)
+        for asked in (rich, plain, rich):  # what has more room does for both
+            for _ in range(3):
+                with asked.source.open()[0] as opened:
+                    lab.pool.note(asked.config, asked.source, [opened])
+        assert [flavour.room for flavour in lab.pool.flavours.values()] == [0, 8192]
+
+    run(test)
+
+
 def test_a_flavour_that_is_removed_opens_nothing(
     run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
