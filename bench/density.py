@@ -90,7 +90,8 @@ PAGES = 256
 ICMP_ECHO, ICMP_REPLY = 8, 0
 ATTEMPTS = 4
 REPLY_SECONDS = 5.0
-AT_ONCE = 50
+AT_ONCE = 8
+"""Few: who has an address is asked at every port of the bridge, which wakes all the guests."""
 
 
 class Calls:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def test_the_command_line_that_is_shown_runs_the_part_alone() -> None:
     roomy = Part("x", "python3 bench/x.py -n 1", 1, {"memory": 8 << 30, "xenstored": True})
     assert roomy.shown("12") == "scripts/lab run --memory 8G --xenstored -- python3 bench/x.py -n 1"
+    patient = Part("x", "true", 1, hang=600)
+    assert patient.shown("12") == "scripts/lab run --hang-timeout 600 -- true"
     assert QUICK.shown("13").startswith("scripts/lab run --debian 13 --xenstored -- python3 bench/")
 
 
