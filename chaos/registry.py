@@ -240,8 +240,17 @@ class Registry:
     def replace_record(self, uuid: str, text: str) -> int:
         """Have a shell's record in a new file; that one, open for writing. OSError."""
         path = f"{self.path}/domains/{uuid}/domain.json"
-        _write_atomically(path, text)
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        temporary = f"{path}.new-{os.getpid()}-{get_ident()}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            _write_all(fd, text, path)
+            os.rename(temporary, path)
+        except BaseException:
+            os.close(fd)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+        return fd
 
     def move_shell(self, old: str, new: str) -> None:
         """Give a shell's directory another UUID. StateError if that is taken."""
@@ -539,11 +548,15 @@ def _write_new(path: str, text: str) -> None:
     """Write a file where nobody looks yet. OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        data = text.encode()
-        if os.write(fd, data) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        _write_all(fd, text, path)
     finally:
         os.close(fd)
+
+
+def _write_all(fd: int, text: str, path: str) -> None:
+    data = text.encode()
+    if os.write(fd, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
 def _write_atomically(path: str, text: str) -> None:

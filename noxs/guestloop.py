@@ -76,6 +76,8 @@ RETRY = 1.0
 PORTS = 256
 JOURNALS_SHARE = 8
 """All journals may take an eighth of their file system; above that a guest has its share of it."""
+ROOMY = 0.75
+"""Of what all journals may take: below that guests have no shares any more."""
 SHARE_MIN = 1 << 16
 """Bytes that a guest may have kept however many guests there are."""
 HINT = "destroy the guest and create it again"
@@ -137,6 +139,7 @@ class GuestLoop(Service):
         self.serial = 0
         self.budget = _budget(state) if state else inf
         self.kept = 0
+        self.crowded = False
 
     def adopt(self, guest: Guest) -> None:
         """Make an opened or restored guest known."""
@@ -257,8 +260,9 @@ class GuestLoop(Service):
     def compact(self, guest: Guest) -> None:
         """Shorten a guest's journal, if it has grown long and can be."""
         self._count(guest)
-        crowded = self.kept > self.budget
-        guest.share = max(SHARE_MIN, self.budget // len(self.guests)) if crowded else inf
+        # Not from one look to the next: each change costs some guests a snapshot.
+        self.crowded = self.kept > self.budget * (ROOMY if self.crowded else 1)
+        guest.share = max(SHARE_MIN, self.budget // len(self.guests)) if self.crowded else inf
         try:
             guest.compact()
         except OSError as error:

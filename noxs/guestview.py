@@ -235,7 +235,11 @@ class Guest:
         A replay of the log must come to the same replies: the share is that of the snapshot.
         """
         if self.journal is not None:
-            self.conn.sated = self.journal.base > min(self.conn.quota.memory, self.share)
+            self.conn.sated = self._has_enough()
+
+    def _has_enough(self) -> bool:
+        assert self.journal is not None
+        return self.journal.base > min(self.conn.quota.memory, self.share)
 
     def compact(self) -> None:
         """Replace the journal by a snapshot when its log has grown long, or it is to be judged."""
@@ -244,7 +248,7 @@ class Guest:
             return
         sated = self.conn.sated
         longest = COMPACT_AFTER if sated else max(COMPACT_AFTER, journal.base)
-        if journal.length > min(longest, self.share) or (journal.base > self.share and not sated):
+        if journal.length > min(longest, self.share) or sated != self._has_enough():
             self.save()
 
     def restore(

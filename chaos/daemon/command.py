@@ -258,8 +258,11 @@ class Command:
             output.close()
         try:
             threading.Thread(target=work, name="close", daemon=True).start()
-        except RuntimeError:  # there are too many
-            work()
+        except RuntimeError:  # there are too many; whoever writes still has a descriptor of his own
+            for fd in fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            return
         await asyncio.wait({closed}, timeout=FLUSH_SECONDS)
 
     async def _guarded(self, words: list[str], *, verbose: bool) -> int:

@@ -566,8 +566,9 @@ class Guests:
             """Others may have changed its devices until now, when they cannot any more."""
             nonlocal last
             last = _restart_of(guest, record, restart.failures)
-            if self.restarts.holds(uuid):
-                self.restarts.write(last)
+            if last != restart and self.restarts.holds(uuid):
+                with contextlib.suppress(StateError):  # no room, which the domain's end makes
+                    self.restarts.write(last)
 
         if action == "rename-restart":
             kept = await self._insist(

@@ -130,18 +130,24 @@ class Shell:
         a fatal signal before each (generic_perform_write, mm/filemap.c), gets a file of its own.
         """
         data = text.encode().ljust(self.record_size)
-        if len(data) > PAGE_SIZE:
-            self._replace_record(text)
+        if len(data) > PAGE_SIZE and self._replaced_record(text, must=len(data) > self.record_size):
             return
         written = os.pwrite(self.record_fd, data, 0)
         self.record_size = max(written, self.record_size)
         if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _replace_record(self, text: str) -> None:
-        fd = self.names.replace_record(self.uuid, text)
+    def _replaced_record(self, text: str, *, must: bool) -> bool:
+        """Have the record in a new file, if there is room for one; OSError if it ``must`` be."""
+        try:
+            fd = self.names.replace_record(self.uuid, text)
+        except OSError:
+            if must:
+                raise
+            return False
         self.close_record()
         self.record_fd, self.record_size = fd, os.fstat(fd).st_size
+        return True
 
 
 @dataclass(slots=True)

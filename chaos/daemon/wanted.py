@@ -167,7 +167,8 @@ class Reader:
         if cached is not None and cached[0] == identity:
             self._cache.move_to_end(key)
             return cached[1]
-        text = self._text(peer, full, path, identity)
+        fresh = identity.just_written
+        text = self._text(peer, full, path, identity, fresh=fresh)
 
         def parse() -> Wanted:
             config, warnings = configuration.interpret(
@@ -181,7 +182,7 @@ class Reader:
 
         def keep(wanted: Wanted) -> None:
             # A metadata file may change by itself, and a new file without a word of that.
-            if not (wanted.config.metadata_file or identity.just_written):
+            if not (wanted.config.metadata_file or fresh):
                 self._cache[key] = identity, wanted
                 if len(self._cache) > CACHED_MAX:
                     self._cache.popitem(last=False)
@@ -192,7 +193,7 @@ class Reader:
         keep(wanted)
         return wanted
 
-    def _text(self, peer: Peer, full: str, path: str, identity: Identity) -> bytes:
+    def _text(self, peer: Peer, full: str, path: str, identity: Identity, *, fresh: bool) -> bytes:
         """The file's text, from memory for a version that the peer has had read before."""
         key = (peer._replace(pid=0), full)
         cached = self._texts.get(key)
@@ -200,7 +201,7 @@ class Reader:
             self._texts.move_to_end(key)
             return cached[1]
         text = configuration.read(path, full.removesuffix(path), regular=True)
-        if len(text) <= TEXT_MAX and not identity.just_written:
+        if len(text) <= TEXT_MAX and not fresh:
             self._texts[key] = identity, text
             if len(self._texts) > CACHED_MAX:
                 self._texts.popitem(last=False)

@@ -85,6 +85,7 @@ def _destroy(call: Invocation, restarts: Restarts, wanted: str) -> dict[str, Any
             called_off = restarts.call_off_of(wanted)
         if not called_off:
             raise
+        restarts.call_off(called_off[0].uuid)  # it may have been written anew meanwhile
         return called_off[0].describe()
     called_off += restarts.call_off(domain.uuid)
     try:
@@ -93,6 +94,7 @@ def _destroy(call: Invocation, restarts: Restarts, wanted: str) -> dict[str, Any
         refused = isinstance(error, StateError)  # nothing was begun: others are at work on it
         if not called_off or not (refused or _is_gone(call, domain.uuid)):
             raise
+        restarts.call_off(domain.uuid)
         return called_off[0].describe()
     if call.daemon is not None:
         # What it has mapped of the domain keeps that from going.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from typing import TYPE_CHECKING
@@ -85,4 +86,16 @@ def test_a_record_of_several_pages_is_not_written_over_another(
     monkeypatch.undo()
     path = f"{names.path}/domains/{A}/domain.json"
     assert os.path.samestat(os.fstat(shell.record_fd), os.stat(path))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    # What is no longer than before can be undone where there is no room.
+    monkeypatch.setattr(names, "replace_record", full)
+    shell.write_record(Record(A, "", state=SHELL).to_json())
+    record = names.read(A)
+    assert record is not None
+    assert record.state == SHELL
+    with pytest.raises(OSError, match="No space"):
+        shell.write_record(" " * (shell.record_size + 1))
     shell.let_go()
