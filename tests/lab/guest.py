@@ -148,16 +148,6 @@ def vifs(*texts: str) -> str:
     return f"vif=[{', '.join(repr(text) for text in texts)}]"
 
 
-def ping(address: str, count: int, interval: float = 0.02) -> str:
-    done = subprocess.run(
-        ["ping", "-q", "-c", str(count), "-i", str(interval), "-W", "5", address],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout
-
-
 @contextlib.contextmanager
 def pinging(address: str) -> Iterator[None]:
     """Ping a guest for the length of a block: nothing may be lost."""

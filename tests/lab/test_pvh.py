@@ -18,12 +18,12 @@ from guest import (
     SHUTDOWN_POWEROFF,
     ask_tcp,
     end_of_image,
-    ping,
     read_console,
     ready,
     vif,
     vifs,
 )
+from pings import ping
 from sampling import sampled
 from stock import KERNEL, initramfs
 from test_create import Footprint
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from guest import Guest
 
 PVH = 'type="pvh"'
+STARTS = 4
 HELLO, DAYTIME_CFG = "/src/examples/hello-pvh.cfg", "/src/examples/daytime-pvh.cfg"
 INIT = """#!/bin/busybox sh
 /bin/busybox echo "userland: $(/bin/busybox nproc) processors"
@@ -86,7 +87,7 @@ def test_a_server_with_its_page_and_its_network(make: Callable[..., Guest], tmp_
     assert guest.info().max_vcpu_id == 1
     server = ready(make("daytime", "", PVH, vifs(vif(61)), "maxmem=80", name="server"))
     assert server.info().max_pages >= 80 << 8
-    assert " 20 received, 0% packet loss" in ping("10.77.0.61", 20), server.said()
+    assert ping("10.77.0.61", 20) == 20, server.said()
     for _ in range(5):
         assert DAYTIME.fullmatch(ask_tcp("10.77.0.61"))
     assert server.ask(abi.REQUEST_POWEROFF).ack_result == abi.ACK_OK
@@ -101,7 +102,7 @@ def test_the_toolstack_s_pages_lie_above_the_image(
     addresses = range(62, 66)
     guest = ready(make("daytime", "", PVH, vifs(*map(vif, addresses)), "memory=1"))
     for last in addresses:
-        assert " 2 received" in ping(f"10.77.0.{last}", 2), guest.said()
+        assert ping(f"10.77.0.{last}", 2) == 2, guest.said()
     ramdisk = tmp_path / "ramdisk"
     end = end_of_image(Path(f"{GUESTS}/hello.elf").read_bytes())
     for room, hint in ((PAGES + 2, ""), (PAGES, "raise memory= to 2 or more")):
@@ -123,7 +124,7 @@ def test_those_that_fault_or_scribble_hurt_themselves(make: Callable[..., Guest]
     honest = ready(make("daytime", "", PVH, vifs(vif(78)), name="honest"))
     scribbler = make("noxs-fuzz", "seed=1", PVH, vifs(vif(79)), name="scribbler")
     scribbler.died()
-    assert " 5 received, 0% packet loss" in ping("10.77.0.78", 5), honest.said()
+    assert ping("10.77.0.78", 5) == 5, honest.said()
 
 
 @pytest.mark.every_release
@@ -135,25 +136,35 @@ def test_debian_s_kernel_boots_to_userland(
     ramdisk = initramfs(tmp_path, INIT)
     vcpus = 8
     try:
-        for kind in ("pv", "pvh"):
-            name = f"{kind}-{vcpus}"
-            made = stock(name, kind, vcpus, linux, ramdisk)
-            if kind == "pvh":
-                for parameter in (HVM_PARAM_STORE_PFN, HVM_PARAM_STORE_EVTCHN):
-                    assert host.ctrl.hvm_param_get(made, parameter) == 0
-            chaos("wait", "--dead", name, "--timeout", "240", timeout=300)
-            said = chaos("console", name, stdin=subprocess.DEVNULL).stdout
-            assert f"userland: {vcpus} processors" in said, said
-            reason = json.loads(chaos("list", "-l", name).stdout)[0]["shutdown_reason"]
-            assert reason == "poweroff", said
+        stock("pv", vcpus, linux, ramdisk)
+        reason, said = ended("pv")
+        assert reason == "poweroff", said
+        assert f"userland: {vcpus} processors\r\n" in said
+        for _ in range(STARTS):
+            made = stock("pvh", vcpus, linux, ramdisk)
+            for parameter in (HVM_PARAM_STORE_PFN, HVM_PARAM_STORE_EVTCHN):
+                assert host.ctrl.hvm_param_get(made, parameter) == 0
+            reason, said = ended("pvh")
+            if (reason, said) != ("reboot", ""):
+                break
+            chaos("destroy", "pvh")  # the emulator lost it: see lab/machine.py
+        assert reason == "poweroff", said
+        assert f"userland: {vcpus} processors\r\n" in said
     finally:
         chaos("destroy", "--all")
 
 
-def stock(name: str, kind: str, vcpus: int, kernel: Path, ramdisk: Path) -> int:
-    """Create a guest with a stock kernel; its domid."""
+def ended(name: str) -> tuple[str, str]:
+    """Why a guest ended, once it has, and what it said."""
+    chaos("wait", "--dead", name, "--timeout", "240", timeout=300)
+    said = chaos("console", name, stdin=subprocess.DEVNULL).stdout
+    return json.loads(chaos("list", "-l", name).stdout)[0]["shutdown_reason"], said
+
+
+def stock(kind: str, vcpus: int, kernel: Path, ramdisk: Path) -> int:
+    """Create a guest with a stock kernel, named after its kind; its domid."""
     overrides = (
-        f'name="{name}"',
+        f'name="{kind}"',
         f'type="{kind}"',
         f"vcpus={vcpus}",
         "memory=160",
@@ -161,6 +172,7 @@ def stock(name: str, kind: str, vcpus: int, kernel: Path, ramdisk: Path) -> int:
         f'ramdisk="{ramdisk}"',
         'cmdline="console=hvc0 quiet"',
         'on_poweroff="preserve"',
+        'on_reboot="preserve"',
     )
     return int(json.loads(chaos("create", HELLO, *overrides, "--json").stdout)["domid"])
 
@@ -192,7 +204,7 @@ size = 1
         overrides = [kernel, vifs(vif(80))]
         made = daemon.call("create", path=DAYTIME_CFG, overrides=overrides, wait_ready=30)
         assert made["ready_ms"] > 0
-        assert " 3 received, 0% packet loss" in ping("10.77.0.80", 3)
+        assert ping("10.77.0.80", 3) == 3
         served = {flavour["name"]: flavour["served"] for flavour in daemon.call("pool.list")}
         assert served == {"warm": 1, "generic": 1}
         daemon.call("create", path=HELLO, overrides=[hello, 'type="pv"', 'name="pv"'])

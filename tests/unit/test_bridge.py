@@ -61,9 +61,17 @@ def guest(host: Host, bus: Bus) -> Guest:
     return guest
 
 
+def stop(bridge: Bridge) -> None:
+    """What it is told from now on it does not pass on."""
+    bridge.stop()
+    bridge._thread.join(20)
+    assert not bridge._thread.is_alive()
+
+
 def test_a_handshake(host: Host, guest: Guest, bus: Bus) -> None:
     assert guest.read(b"device/vif/0/backend") == BACK.encode()
     assert guest.read(b"device/vif/0/mac") == b"aa"
+    host.until(lambda: guest.read(BACK.encode() + b"/state") == b"1")
     guest.watch(BACK.encode() + b"/state", b"back")
     guest.events()
     bus.write_many([(f"{BACK}/feature-sg", 1), (f"{BACK}/state", 2)])
@@ -207,7 +215,7 @@ def test_noxsd_may_be_killed(host: Host, guest: Guest, bus: Bus, noxsd: Noxsd) -
 
 def test_storesd_may_be_killed(host: Host, guest: Guest, bus: Bus, noxsd: Noxsd) -> None:
     host.until(lambda: guest.read(BACK.encode() + b"/state") == b"1")
-    host.bridge.stop()
+    stop(host.bridge)
     guest.write(b"device/vif/0/state", b"4")
     bus.write(f"{BACK}/state", 4)
     host.restart()
@@ -224,7 +232,7 @@ def test_what_a_guest_removed_while_storesd_was_killed_is_removed(
     guest.write(b"device/vif/0/event-channel", b"3")
     guest.write(b"device/vif/0/state", b"4")
     host.until(lambda: bus.get(f"{FRONT}/state") == "4" and bus.exists(f"{FRONT}/event-channel"))
-    host.bridge.stop()
+    stop(host.bridge)
     guest.ask(wire.RM, b"device/vif/0/tx-ring-ref\0")
     guest.ask(wire.RM, b"device/vif/0/queue-0/rx-ring-ref\0")
     guest.write(b"device/vif/0/event-channel", b"makes no sense")
@@ -243,7 +251,7 @@ def test_what_a_guest_removed_while_storesd_was_killed_is_removed(
     guest.ask(wire.RM, b"device/vif/0/rx-ring-ref\0")
     left = ["backend", "backend-id", "queue-0", "state"]
     host.until(lambda: sorted(bus.directory(FRONT)) == left)
-    host.bridge.stop()
+    stop(host.bridge)
     guest.ask(wire.RM, b"device/vif/0\0")
     host.restart()
     host.until(lambda: not bus.exists(f"{FRONT}/state"))
