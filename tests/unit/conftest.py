@@ -3,7 +3,7 @@
 Examples have no deadline, for a busy machine is no bug. On CI they are the same in every run, so
 that a red run is the change's doing; elsewhere they are new each time, and find more.
 
-A shell has what it runs in the background ignore SIGINT; some tests send it.
+A shell has what it runs in the background ignore SIGINT and SIGQUIT; some tests send them.
 """
 
 import os
@@ -19,3 +19,4 @@ settings.register_profile(
 )
 settings.load_profile("project")
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)

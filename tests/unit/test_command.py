@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import pty
 import select
@@ -78,6 +79,7 @@ def test_a_pipe_that_nobody_reads_stops_nobody_else(tmp_path: Path, null: int) -
     read, write = os.pipe()
 
     async def story(lab: Lab) -> None:
+        gc.collect()  # what an earlier test that failed has left is not to go in between
         before = len(os.listdir("/proc/self/fd"))
         with await lab.client() as deaf, await lab.client() as other:
             argv = ("create", "web.cfg", "--dryrun", "--count", "500")
