@@ -85,7 +85,7 @@ def rows(
     """
     found: list[dict[str, str | int | None]] = []
     base = directory(domid, kind)
-    for devid in sorted(map(int, bus.directory(base) if bus.exists(base) else ())):
+    for devid in sorted(map(int, bus.children(base) or ())):
         path, frontend = backend_path(domid, kind, devid), frontend_path(domid, kind, devid)
         said = bus.read_many(f"{path}/{key}" for key in back)
         wrote = bus.read_many(f"{frontend}/{key}" for key in front)
@@ -147,7 +147,7 @@ def _prune(bus: Bus, directories: Sequence[str]) -> None:
 def _leaves(bus: Bus, path: str) -> bool:
     if bus.get(path):
         return True
-    return any(_leaves(bus, f"{path}/{name}") for name in bus.directory(path))
+    return any(_leaves(bus, f"{path}/{name}") for name in bus.children(path) or ())
 
 
 @contextmanager

@@ -409,9 +409,9 @@ def disconnect_all(bus: Bus, domid: int) -> None:
 
     Raises DeviceError as ``disconnect`` does.
     """
-    base = backend.directory(domid, KIND)
-    if bus.exists(base):
-        disconnect(bus, domid, [int(name) for name in bus.directory(base)])
+    devids = bus.children(backend.directory(domid, KIND))
+    if devids is not None:
+        disconnect(bus, domid, [int(devid) for devid in devids])
 
 
 def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:

@@ -397,10 +397,8 @@ def _mtu(domid: int, config: VifConfig) -> int:
 
 def disconnect_all(bus: Bus, domid: int) -> None:
     """``disconnect`` for whatever vifs the bus knows of a domain."""
-    directory = backend_directory(domid)
-    devids = [int(name) for name in bus.directory(directory)] if bus.exists(directory) else []
-    if devids:
-        disconnect(bus, domid, devids)
+    if devids := bus.children(backend_directory(domid)):
+        disconnect(bus, domid, [int(devid) for devid in devids])
 
 
 def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:
@@ -424,12 +422,12 @@ def taken_macs(bus: Bus, ours: Container[int] = frozenset()) -> set[str]:
             with open(f"/sys/class/net/{name}/address", encoding="ascii") as file:
                 taken.add(file.read().strip())
     base = f"/local/domain/{DOM0}/backend/vif"
-    if "xenstored" in bus.path and bus.exists(base):
+    if "xenstored" in bus.path:
         paths = [
             f"{base}/{domid}/{devid}/mac"
-            for domid in bus.directory(base)
+            for domid in bus.children(base) or ()
             if int(domid) not in ours
-            for devid in bus.directory(f"{base}/{domid}")
+            for devid in bus.children(f"{base}/{domid}") or ()  # it may go meanwhile
         ]
         taken |= {mac.lower() for mac in bus.read_many(paths) if mac}
     return taken

@@ -43,7 +43,7 @@ def withdraw(host: Host, domid: int) -> None:
         return
     directory = _directory(domid)
     host.bus.rm(f"{directory}/name")
-    if host.bus.exists(directory) and not host.bus.directory(directory):
+    if host.bus.children(directory) == []:
         host.bus.rm(directory)
 
 

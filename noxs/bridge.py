@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 import threading
-from errno import ENOENT
 from time import monotonic
 
 from noxs.handshake import VALUE_MAX, back_key, front_key, in_order
@@ -208,12 +207,7 @@ class Bridge:
         link.there = None
 
     def _look(self, bus: Bus, key: Key, link: Link) -> None:
-        try:
-            names = bus.directory(link.back)
-        except BusError as error:
-            if error.errno != ENOENT:
-                raise
-            names = []  # the toolstack has removed it
+        names = bus.children(link.back) or []  # none, once the toolstack has removed it
         known = [name for name in names if back_key(encode(name))]
         values = bus.read_many(f"{link.back}/{name}" for name in known)
         found = {

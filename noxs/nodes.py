@@ -129,6 +129,15 @@ class Nodes:
             names = self._directory_in_parts(path)
         return decode(names).split("\0")[:-1]
 
+    def children(self, path: str) -> list[str] | None:
+        """As ``directory``, but None where there is no node."""
+        try:
+            return self.directory(path)
+        except BusError as error:
+            if error.errno != errnos.ENOENT:
+                raise
+            return None
+
     def _directory_in_parts(self, path: str) -> bytes:
         while True:
             names, generation = b"", None

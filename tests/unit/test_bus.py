@@ -41,6 +41,7 @@ def test_nodes(bus: Bus) -> None:
     assert bus.read("/a/b") == "value"
     assert bus.read("/a") == ""
     assert bus.get("/a/none") is None
+    assert (bus.children("/a/none"), bus.children("/a/b")) == (None, [])
     assert bus.get("/a/none", "x") == "x"
     assert bus.exists("/a/n")
     assert bus.directory("/a") == ["b", "n"]

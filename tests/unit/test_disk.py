@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from interleaving import interleave
 from noxsd_process import Noxsd
 
 from chaos import backend, disk
@@ -333,6 +334,18 @@ def test_a_disk_goes_with_its_nodes_and_its_loop_device(
     with pytest.raises(DeviceError, match="does not let go of vbd-7-51712"):
         disk.disconnect_all(bus, 7)
     assert not bus.exists(BACK)
+
+
+def test_two_who_take_the_same_disk_away_do_not_fail_each_other(bus: Bus) -> None:
+    def ours() -> None:
+        bus.write_many(disk.nodes(7, prepared()))
+        disk.disconnect_all(bus, 7)
+        assert not bus.exists("/local/domain/7")
+
+    def theirs() -> None:
+        bus.rm_many(["/local/domain/7", "/local/domain/0/backend/vbd/7"])
+
+    assert interleave(bus, ours, theirs) > 5
 
 
 def test_a_loop_device_that_is_another_guests_by_now_is_not_waited_for(

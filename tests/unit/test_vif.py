@@ -20,14 +20,12 @@ class Store:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def exists(self, path: str) -> bool:
-        return path == BASE
-
-    def directory(self, path: str) -> list[str]:
+    def children(self, path: str) -> list[str] | None:
         self.asked.append(path)
         if path == BASE:
-            return [str(domid) for domid in MACS]
-        return [str(devid) for devid in range(len(MACS[int(path.rpartition("/")[2])]))]
+            return [*map(str, MACS), "6"]
+        macs = MACS.get(int(path.rpartition("/")[2]))  # none of 6, which has gone since
+        return None if macs is None else [str(devid) for devid in range(len(macs))]
 
     def read_many(self, paths: list[str]) -> list[str | None]:
         keys = [path.removeprefix(BASE).split("/") for path in paths]
@@ -37,5 +35,5 @@ class Store:
 def test_addresses_of_other_toolstacks_alone_are_asked_for() -> None:
     store: Any = Store()
     taken = taken_macs(store, {4, 9})
-    assert store.asked == [BASE, f"{BASE}/3", f"{BASE}/5"]
+    assert store.asked == [BASE, f"{BASE}/3", f"{BASE}/5", f"{BASE}/6"]
     assert {mac for mac in taken if mac.startswith("00:16:3e")} == {"00:16:3e:00:00:03"}

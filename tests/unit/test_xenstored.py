@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from interleaving import interleave
+from noxsd_process import Noxsd
 
 from chaos import xenstored
 from chaos.daemon.core import announce
 from chaos.registry import ENDING, RUNNING, Record, Registry
+from noxs import bus as buses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from chaos.host import Host
 
 UUID = "00000000-0000-4000-8000-000000000001"
 NAME = "/local/domain/7/name"
@@ -33,11 +38,8 @@ class Bus:
     def rm(self, path: str) -> None:
         self.nodes.pop(path, None)
 
-    def exists(self, path: str) -> bool:
-        return any(node.startswith(path) for node in self.nodes)
-
-    def directory(self, path: str) -> list[str]:
-        return [node for node in self.nodes if node.startswith(f"{path}/")]
+    def children(self, path: str) -> list[str] | None:
+        return [node for node in self.nodes if node.startswith(f"{path}/")] or None
 
 
 @pytest.fixture
@@ -81,3 +83,21 @@ def test_nothing_stays_of_a_guest_that_ends_meanwhile(
     told: Callable[[Any], dict[str, str]],
 ) -> None:
     assert told({"state": ENDING}) == {}
+
+
+def test_two_withdraw_a_name_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who destroys a guest, and who finds that it ended as he announced it."""
+    monkeypatch.setattr(xenstored, "serves", lambda _host: True)
+    noxsd = Noxsd(tmp_path).start()
+    try:
+        with buses.Bus.connect(noxsd.socket) as bus, buses.Bus.connect(noxsd.socket) as other:
+            one, two = (cast("Host", SimpleNamespace(bus=each)) for each in (bus, other))
+
+            def ours() -> None:
+                bus.write(NAME, "one")
+                xenstored.withdraw(one, 7)
+                assert not bus.exists("/local/domain/7")
+
+            assert interleave(bus, ours, lambda: xenstored.withdraw(two, 7)) > 3
+    finally:
+        noxsd.kill()
