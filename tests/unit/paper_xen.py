@@ -143,5 +143,5 @@ class Xen:
     def get(self, path: str) -> str:
         raise BusError("no such node", path=path, errno=errno.ENOENT)
 
-    def exists(self, _path: str) -> bool:
-        return False
+    def children(self, _path: str) -> None:
+        return None
