@@ -76,6 +76,11 @@ def ask_to_close(bus: Bus, domid: int, kind: str, devid: int) -> bool:
     return True
 
 
+def known(bus: Bus, domid: int, kind: str) -> list[int]:
+    """The ids of a domain's devices that the bus knows, in order. Raises BusError."""
+    return sorted(map(int, bus.children(directory(domid, kind)) or ()))
+
+
 def rows(
     bus: Bus, domid: int, kind: str, back: Sequence[str], front: Sequence[str]
 ) -> list[dict[str, str | int | None]]:
@@ -84,8 +89,7 @@ def rows(
     What is missing is None, and so is what the guest wrote and is no number. Raises BusError.
     """
     found: list[dict[str, str | int | None]] = []
-    base = directory(domid, kind)
-    for devid in sorted(map(int, bus.children(base) or ())):
+    for devid in known(bus, domid, kind):
         path, frontend = backend_path(domid, kind, devid), frontend_path(domid, kind, devid)
         said = bus.read_many(f"{path}/{key}" for key in back)
         wrote = bus.read_many(f"{frontend}/{key}" for key in front)

@@ -409,9 +409,8 @@ def disconnect_all(bus: Bus, domid: int) -> None:
 
     Raises DeviceError as ``disconnect`` does.
     """
-    devids = bus.children(backend.directory(domid, KIND))
-    if devids is not None:
-        disconnect(bus, domid, [int(devid) for devid in devids])
+    if devids := backend.known(bus, domid, KIND):
+        disconnect(bus, domid, devids)
 
 
 def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:

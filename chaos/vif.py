@@ -141,11 +141,6 @@ def backend_path(domid: int, devid: int) -> str:
     return device.backend_path(domid, KIND, devid)
 
 
-def backend_directory(domid: int) -> str:
-    """Where the backends of all vifs of a domain are on the bus."""
-    return backend.directory(domid, KIND)
-
-
 def frontend_path(domid: int, devid: int) -> str:
     """The frontend's directory on the bus."""
     return device.frontend_path(domid, KIND, devid)
@@ -314,7 +309,7 @@ def _await_all(
 ) -> None:
     waiting = set(devids)
     served = time.monotonic()
-    with backend.watching(bus, backend_directory(domid)) as changes:
+    with backend.watching(bus, backend.directory(domid, KIND)) as changes:
         for _ in changes(CONNECT_TIMEOUT):
             waiting = {devid for devid in waiting if not done(bus, domid, devid)}
             if not waiting:
@@ -397,8 +392,8 @@ def _mtu(domid: int, config: VifConfig) -> int:
 
 def disconnect_all(bus: Bus, domid: int) -> None:
     """``disconnect`` for whatever vifs the bus knows of a domain."""
-    if devids := bus.children(backend_directory(domid)):
-        disconnect(bus, domid, [int(devid) for devid in devids])
+    if devids := backend.known(bus, domid, KIND):
+        disconnect(bus, domid, devids)
 
 
 def disconnect(bus: Bus, domid: int, devids: Sequence[int]) -> None:
